@@ -45,7 +45,7 @@ class DenseTarget(_Target):
     def shape(self) -> tuple: return tuple(self.probs.shape)
     def tile(self, i: int, j: int) -> Tensor: return self.probs[i:j]
 
-# %% ../nbs/02_matching.ipynb #73fdd4ab
+# %% ../nbs/02_matching.ipynb #9c62ac66
 @dataclass(frozen=True)
 class PrototypeTarget(_Target):
     "Soft assignment of the teacher's rows to prototypes (@eq-prototypes)."
@@ -61,7 +61,9 @@ class PrototypeTarget(_Target):
     def shape(self) -> tuple: return len(self.rows), len(self.prototypes)
     def tile(self, i: int, j: int) -> Tensor:
         t, c = precise(self.rows[i:j]), precise(self.prototypes)
-        return F.softmax((2 * t @ c.T - c.square().sum(1)) / self.tau, dim=1)
+        dtype = torch.promote_types(t.dtype, c.dtype)
+        with torch.autocast(t.device.type, enabled=False):  # a product in half precision would move the softmax
+            return F.softmax((2 * t.to(dtype) @ c.to(dtype).T - c.to(dtype).square().sum(1)) / self.tau, dim=1)
 
 # %% ../nbs/02_matching.ipynb #257e65b8
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def distinct(rows: Tensor # N x C
     order = first.argsort()
     return x[first[order]], counts[order].astype(np.float64)
 
-# %% ../nbs/06_prototypes.ipynb #0efba869
+# %% ../nbs/06_prototypes.ipynb #33b0c018
 @one_thread()
 def kmeans(rows: Tensor,           # N x C
            clusters: int,          # K
@@ -138,7 +138,7 @@ def kmeans(rows: Tensor,           # N x C
         return torch.from_numpy(x[np.arange(clusters) % len(x)]).double(), 0.
     mean = np.einsum('n,nc->c', weights, x, dtype=np.float64) / weights.sum()
     x = np.subtract(x, mean, out=x, casting='same_kind').astype(np.float32, copy=False)
-    start = np.random.default_rng(seed).permutation(len(x))[:10 * clusters]
+    start = np.random.default_rng(seed).permutation(len(x))[:max(10 * clusters, 10000)]
     centres, _ = kmeans_plusplus(x[start], clusters, sample_weight=weights[start], random_state=seed)
     bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True, leave=False, unit='iteration')
     for done in range(0, max_iter, 5):  # five at a time, for the bar's sake
@@ -236,11 +236,11 @@ def tau_for_perplexity(target: Callable,   # a target for a temperature, such as
         else: high = middle
     return (low * high)**.5
 
-# %% ../nbs/06_prototypes.ipynb #7a79da90
+# %% ../nbs/06_prototypes.ipynb #643b33fb
 class KernelPrototypes(Supervision):
     "Softmax over the channels of a convolution's response before its batch normalisation (@eq-kernels)."
     def __init__(self,
-                 tau: float = .5,      # temperature, in standard deviations of the responses; free to change after `fit`
+                 tau: float = .25,     # temperature, in standard deviations of the responses; free to change after `fit`
                  whiten: bool = False, # each channel to mean 0 and variance 1, instead of one common scale
                 ):
         super().__init__('mean', 'std')
@@ -254,7 +254,8 @@ class KernelPrototypes(Supervision):
         n, shift = 0, None
         for rows, in blocks(checked(stream, progress='teacher responses')):
             if shift is None: shift, total, squares = rows[0].double(), 0., 0.
-            x = (rows - shift).double()
+            x = rows.double() - shift
+            if not self.whiten: x -= x.mean(1, keepdim=True)
             n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
         mean = total / n
         var = (squares / n - mean.square()).clamp(min=0)

@@ -78,7 +78,7 @@ def objective(
     if smoothing == "entropic": value = value - (p.xlogy(p) / epsilon).sum(-1) - q.xlogy(q) / epsilon.mean(-1)
     return value
 
-# %% ../nbs/01_solver.ipynb #010ce7a3
+# %% ../nbs/01_solver.ipynb #e43174e8
 def kkt(
     solution: Assignment,         # p: ... x K, q: ..., lam: ...
     scores: Tensor,               # ... x K, a
@@ -95,8 +95,8 @@ def kkt(
         def gap(mass, margin, e): return (mass.log().clamp(min=log_tiny) - (e * margin - 1).clamp(min=log_tiny)) / e
         gaps = gap(p, s - lam, epsilon), gap(q, -lam, epsilon.mean(-1, keepdim=True))
     else:
-        held = p / epsilon if smoothing == "quadratic" else 0 * p
-        gaps = torch.minimum(p if smoothing == "linear" else held, held + lam - s), torch.minimum(q, lam)
+        marginal = p / epsilon if smoothing == "quadratic" else 0.  # derivative of Omega
+        gaps = torch.minimum(p if smoothing == "linear" else marginal, lam - s + marginal), torch.minimum(q, lam)
     return torch.cat(gaps, -1).abs().amax(-1) / (1 + s.abs().amax(-1) + lam[..., 0].abs()) + budget
 
 # %% ../nbs/01_solver.ipynb #4b8130db
@@ -139,7 +139,7 @@ def _excess(s, e, lam):
     z = e * (s - lam)
     return z.logsumexp(-1, keepdim=True) - 1, (z.softmax(-1) * e).sum(-1, keepdim=True)
 
-# %% ../nbs/01_solver.ipynb #f88de917
+# %% ../nbs/01_solver.ipynb #3291306b
 def match_quadratic(
     scores: Tensor,  # ... x K, a
     mu,              # threshold, broadcasts to the scores
@@ -156,7 +156,7 @@ def match_quadratic(
     lam = ((weight * ranked).cumsum(-1) - 1) / weight.cumsum(-1)  # one candidate for each prefix
     lam = torch.where(binds, lam.max(-1, keepdim=True).values, 0.)
     p, q = e * F.relu(s - lam), torch.where(binds, 0., 1 - spent)
-    return Assignment(*(t.to(scores.dtype) for t in (p, q[..., 0], (lam + best)[..., 0])))
+    return Assignment(*(t.to(scores.dtype) for t in (p, q[..., 0], F.relu(lam + best)[..., 0])))
 
 # %% ../nbs/01_solver.ipynb #e1b769a0
 class Matching(NamedTuple):

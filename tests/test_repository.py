@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -292,17 +293,20 @@ def test_public_names_are_documented(path):
 
 
 def undocumented(obj):
-    "Arguments and return without a comment; where all of a signature is one line, one comment on it is enough."
-    if hasattr(obj, '_fields'):  # a NamedTuple: its constructor is generated, the comments stand at the fields
-        return [f for f in obj._fields if not re.search(rf'^\s+{f}\s*:[^#\n]*#\s*\S', inspect.getsource(obj), re.M)]
-    notes = docments(obj, full=True, eval_str=False)
-    said = [n for n, d in notes.items() if d['docment']]
-    needed = [n for n in notes if n not in ('return', 'self')]
-    if inspect.isfunction(obj) and notes['return']['anno'] not in (inspect.Parameter.empty, None, 'None'): needed.append('return')
-    source = inspect.getsource(obj).splitlines()
-    first = next((i for i, line in enumerate(source) if line.lstrip().startswith(('def ', 'class '))), 0)
-    if inspect.isfunction(obj) and re.match(r'\s*def .*:\s*(#.*)?($|\S)', source[first]) and len(needed) <= 2 and said: return []
-    return [n for n in needed if n not in said]
+    "Arguments, fields and returns whose line carries no comment."
+    fields = getattr(obj, '_fields', None) or getattr(obj, '__dataclass_fields__', None)
+    if fields: return [f for f in fields if f in obj.__annotations__
+                       and not re.search(rf'^\s+{f}\s*:[^#\n]*#\s*\S', inspect.getsource(obj), re.M)]
+    call = vars(obj).get('__init__') if inspect.isclass(obj) else obj
+    if call is None: return []  # a class that is called as its base is
+    lines = textwrap.dedent(inspect.getsource(call)).splitlines()
+    node = ast.parse('\n'.join(lines)).body[0]
+    head = lines[node.lineno - 1:max(node.lineno, node.body[0].lineno - 1)]
+    said = ' '.join(code for code, mark, comment in (line.partition('#') for line in head) if comment.strip())
+    names = [n for n in inspect.signature(call).parameters if n != 'self']
+    missing = [n for n in names if not re.search(rf'\b{n}\b', said)]
+    returns = node.returns is not None and ast.unparse(node.returns) != 'None'
+    return missing + (['return'] if returns and '->' not in said else [])
 
 
 def bare_methods(cls):

@@ -1,1 +1,1 @@
-from .zoo import create_model
+from .zoo import create_model, model_names

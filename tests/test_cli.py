@@ -1,0 +1,141 @@
+"The command line as a user meets it: in processes of its own, killed ones too."
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = dict(epochs=2, teacher_epochs=1, train_size=600, eval_split='valid', num_prototypes=16)
+NAME = 'digit_pairs/resnet8-resnet8x0.5/letkd1'
+
+
+def command(*args, **settings):
+    pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
+    return [sys.executable, '-m', 'letkd.cli', *map(str, args), *pairs]
+
+
+def letkd(*args, **settings):
+    return subprocess.run(command(*args, **settings), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+
+
+def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def record_of(out):  # the student's; the teacher has one too
+    path, = (p for p in Path(out).rglob('record.json') if 'letkd1' in p.parts)
+    return path, json.loads(path.read_text())
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+    "One small run, as the command line leaves it."
+    out = tmp_path_factory.mktemp('runs')
+    done = letkd('run', NAME, '--out', out, **SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_run_leaves_a_complete_folder(out):
+    path, record = record_of(out)
+    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'checkpoint.pt', 'student.safetensors', 'record.json'}
+    assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
+    assert record['name'] == NAME and record['changed']['train_size'] == 600
+    assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
+    assert not [p for p in out.rglob('*') if p.name.endswith('.part')]
+
+
+def test_a_run_that_is_done_is_not_done_again(out):
+    path, _ = record_of(out)
+    before = path.stat().st_mtime_ns
+    again = letkd('run', NAME, '--out', out, **SMALL)
+    assert again.returncode == 0 and path.stat().st_mtime_ns == before
+    assert 'epoch' not in again.stdout.replace('last epoch', '')
+
+
+def test_a_killed_run_ends_as_if_it_had_never_died(out, tmp_path):
+    "SIGKILL between the first checkpoint and the end, then the same command."
+    settings = dict(SMALL, epochs=40)
+    name = ('run', NAME, '--out', tmp_path)
+    assert letkd('run', NAME, '--out', out, **settings).returncode == 0
+    process = subprocess.Popen(command(*name, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
+    assert not [p for p in tmp_path.rglob('record.json') if 'letkd1' in p.parts]
+    resumed = letkd(*name, **settings)
+    assert resumed.returncode == 0, resumed.stderr
+    killed, = (p for p in tmp_path.rglob('student.safetensors') if 'letkd1' in p.parts)
+    whole = out/killed.relative_to(tmp_path)
+    assert digest(killed) == digest(whole)
+    curves = [json.loads((p.parent/'record.json').read_text())['curve'] for p in (killed, whole)]
+    assert curves[0] == curves[1]
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
+    process = subprocess.Popen(command('run', NAME, '--out', tmp_path, **dict(SMALL, epochs=400)),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'goes on' in error and 'Traceback' not in error
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    settings = dict(SMALL, epochs=400)
+    first = subprocess.Popen(command('run', NAME, '--out', tmp_path, **settings),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+        second = letkd('run', NAME, '--out', tmp_path, **settings)
+        assert second.returncode == 2 and 'in use by another process' in second.stderr
+    finally:
+        first.kill(); first.wait()
+
+
+def test_table_of_what_was_run(out):
+    table = letkd('table', 'digit_pairs', '--out', out)
+    assert table.returncode == 0, table.stderr
+    assert 'letkd1' in table.stdout and 'teacher' in table.stdout
+    _, record = record_of(out) if len(list(out.rglob('letkd1/*/record.json'))) == 1 else (None, None)
+    if record: assert f'{record["top1_last"]:.1f}' in table.stdout
+
+
+@pytest.mark.parametrize('args, says', [
+    (['run', 'digit_pair/resnet20'], 'digit_pairs'),
+    (['run', 'digit_pairs/resnet56-resnet21/kd'], '14, 20'),
+    (['run', 'digit_pairs/resnet56-resnet20/letkd3'], 'letkd2'),
+    (['run', 'digit_pairs/resnet20', '--set', 'epoch=3'], 'epochs'),
+    (['run', 'digit_pairs/resnet20', '--set', 'epochs'], 'key=value'),
+    (['run', 'digit_pairs/resnet20', '--set', 'epochs=many'], 'expected int'),
+    (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
+    (['run', '../../etc/passwd'], 'expected a name'),
+    (['table', 'cifar'], 'digit_pairs'),
+    (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
+])
+def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
+    from letkd.cli import main
+    where = [] if '--out' in args else ['--out', str(tmp_path)]
+    assert main([*args, *where]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith('letkd: ') and error.count('\n') == 1
+    assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
+
+
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['run', '--names']])
+def test_help(args, capsys):
+    from letkd.cli import main
+    with pytest.raises(SystemExit) as left: main(args)
+    assert left.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from letkd.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
