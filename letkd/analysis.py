@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'purity', 'shuffled_purity', 'nmi', 'true_parts', 'show_sa
            'assignments', 'nearest_prototypes', 'meanings', 'show_assignments', 'between_classes', 'share_a_digit',
            'shared_mass', 'subclass_cells', 'nearest_cells', 'patch_at', 'show_transitions', 'learning_curves']
 
-# %% ../nbs/23_analysis.ipynb #d07555a8
+# %% ../nbs/23_analysis.ipynb #438e330e
 from typing import Iterable, Optional
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor, nn
@@ -30,11 +31,12 @@ from .subclasses import _project
 from .tables import label, new_figure, pairs_of, summary
 from .taps import evaluating, capture, grid_of, rows
 
-# %% ../nbs/23_analysis.ipynb #b5cf9196
+# %% ../nbs/23_analysis.ipynb #12863960
 def _labels(assignment, truth) -> tuple: # two vectors of equal length
     found = [np.asarray(x.cpu() if isinstance(x, Tensor) else x).ravel() for x in (assignment, truth)]
     if len(found[0]) != len(found[1]) or not len(found[0]):
-        raise ValueError(f'assignment and truth: found {len(found[0])} and {len(found[1])} cells; expected as many of each, and some')
+        raise ValueError(f'assignment and truth: found {len(found[0])} and {len(found[1])} cells; '
+                         'expected as many of each, and some')
     return tuple(found)
 
 def purity(assignment, # integers of any shape: the cluster of every cell
@@ -59,67 +61,78 @@ def nmi(assignment, truth # as for `purity`
     a, t = _labels(assignment, truth)
     return float(normalized_mutual_info_score(t, a))
 
-# %% ../nbs/23_analysis.ipynb #df9343ae
+# %% ../nbs/23_analysis.ipynb #d64e4cde
 def true_parts(images: Images,         # of DigitPairs, N images
                grid: tuple,            # (h, w) of the feature map
                min_share: float = .25, # of a cell, that a digit or clutter must cover to own it
               ) -> Tensor:             # N x h x w, integers: 0-9 digits, 10 background, 11 clutter
     "The true part of every cell."
-    if images.parts is None: raise ValueError('true_parts: found images without parts; expected DigitPairs, which knows them')
+    if images.parts is None: raise ValueError('true_parts: found images without parts; expected those of DigitPairs')
     return parts_at(images.parts, grid, min_share).long()
 
-# %% ../nbs/23_analysis.ipynb #d8cc72ce
-COLOURS = ('#332288', '#88CCEE', '#44AA99', '#117733', '#999933', '#DDCC77', '#EE7733', '#CC6677', '#882255', '#AA4499', # digits
-           '#F4F4F4', '#9A9A9A') # background, clutter
-_CMAP = ListedColormap(COLOURS)
+# %% ../nbs/23_analysis.ipynb #86aec0dc
+COLOURS = ('#332288', '#88CCEE', '#44AA99', '#117733', '#999933', # digits 0 to 4
+           '#DDCC77', '#EE7733', '#CC6677', '#882255', '#AA4499', # digits 5 to 9
+           '#F4F4F4', '#9A9A9A')                                  # background, clutter
+_CMAP = ListedColormap(COLOURS).with_extremes(under='white')
+_PITCH = 1.08 # from one picture of a strip to the next; a picture is 1 x 1
 
-def _ink(part: int) -> str: return 'black' if part in (1, 4, 5, 6, 10, 11) else 'white' # readable on the part's colour
+def _show(ax, place: int, picture: Tensor): # 3 x h x w bytes, or h x w part codes
+    options = dict(cmap=_CMAP, vmin=0, vmax=11) if picture.ndim == 2 else {}
+    picture, left = picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu(), _PITCH * place
+    ax.imshow(picture, extent=(left, left + 1, 1, 0), interpolation='nearest', **options)
+    _frame(ax, place, 0, 0, 1, 1, '.6', .6)
 
-def _bare(ax, label: str = ''):
-    ax.set(xticks=[], yticks=[])
+def _frame(ax, place: int, x: float, y: float, width: float, height: float, colour: str, line: float):
+    ax.add_patch(Rectangle((_PITCH * place + x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+
+def _mark(ax, place: int, x: float, y: float, part: int, size: float): # a digit's name, readable on any colour
+    ax.text(_PITCH * place + x, y, PARTS[part], size=size, weight='bold', ha='center', va='center_baseline',
+            path_effects=[withStroke(linewidth=size / 4, foreground='white')])
+
+# %% ../nbs/23_analysis.ipynb #9d415a26
+def _strip(ax, count: int, label: str, names: Iterable[str] = ()): # of `count` pictures; call it when they are drawn
+    names = list(names)
+    ax.set(xlim=(-.04, _PITCH * (count - 1) + 1.04), ylim=(1.04, -.04), yticks=[], frame_on=False)
+    ax.set_xticks([_PITCH * i + .5 for i in range(len(names))], names)
+    ax.tick_params(length=0, pad=1, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.set_ylabel(label, rotation=0, ha='right', va='center')
 
-def _picture(ax, pixels: Tensor): # 3 x H x W, uint8
-    ax.imshow(pixels.permute(1, 2, 0).cpu(), extent=(0, 1, 1, 0), interpolation='nearest')
-    _bare(ax)
+def _strips(rows: int, count: int, title: str = '') -> tuple: # (figure, axes), with a legend of the parts
+    fig, axes = new_figure(1.6 + .8 * count, .6 + .85 * rows, rows, style='white')
+    handles = [Patch(facecolor=colour, edgecolor='.6', label=name) for colour, name in zip(COLOURS, PARTS)]
+    fig.legend(handles=handles, loc='outside lower center', ncols=12, frameon=False, fontsize='small',
+               handlelength=1, handleheight=1, columnspacing=1)
+    fig.suptitle(title, fontsize='medium')
+    return fig, axes[:, 0]
 
-def _mark(ax, x: float, y: float, part: int, size: float):
-    ax.text(x, y, PARTS[part], color=_ink(part), size=size, ha='center', va='center', weight='bold')
+# %% ../nbs/23_analysis.ipynb #0acc4362
+def _name_digits(ax, place: int, parts: Tensor): # H x W
+    "Write each digit over its pixels; a pair such as 77 has two of one digit, one in each half."
+    width = parts.shape[1]
+    for half, columns in enumerate((slice(0, width // 2), slice(width // 2, width))):
+        inside = parts[:, columns]
+        digits = inside[inside < BACKGROUND]
+        if not len(digits): continue
+        part = digits.mode().values
+        y, x = (inside == part).nonzero().float().mean(0).tolist()
+        _mark(ax, place, (x + .5) / width + half / 2, (y + .5) / len(parts), part, 10)
 
-# %% ../nbs/23_analysis.ipynb #db0e363f
-def _pixel_parts(ax, parts: Tensor): # H x W
-    "Coloured parts, each digit named at the middle of its pixels."
-    ax.imshow(parts.cpu(), cmap=_CMAP, vmin=0, vmax=11, extent=(0, 1, 1, 0), interpolation='nearest')
-    for part in parts.unique().tolist():
-        where = (parts == part).nonzero().float()
-        if part >= BACKGROUND: continue
-        halves = [w for w in (where[where[:, 1] < parts.shape[1] / 2], where[where[:, 1] >= parts.shape[1] / 2]) if len(w) > .3 * len(where)]
-        for w in halves:
-            y, x = w[(w - w.mean(0)).square().sum(1).argmin()].tolist()  # a pixel of the digit itself
-            _mark(ax, (x + .5) / parts.shape[1], (y + .5) / parts.shape[0], part, 9)
-
-def _legend(fig, parts: Iterable[int]):
-    handles = [Patch(facecolor=COLOURS[p], edgecolor='.6', label=PARTS[p]) for p in parts]
-    fig.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, handlelength=1, handleheight=1, columnspacing=1)
-
-# %% ../nbs/23_analysis.ipynb #9a38f9a7
-def show_samples(images: Images,  # of DigitPairs
-                 count: int = 10, # images shown, the first ones
+def show_samples(images: Images, # of DigitPairs
+                 count: int = 8, # images shown, the first ones
                 ) -> Figure:
     "Images beside their true parts."
-    parts = true_parts(images, images.images.shape[2:])
-    count = min(count, len(images))
-    fig, axes = new_figure(.85 * count + 1, 2.3, 2, count, style='white')
-    for i, (top, bottom) in enumerate(axes.T):
-        _picture(top, images.images[i])
-        _pixel_parts(bottom, parts[i])
-        _bare(bottom)
-        top.set_title(images.classes[images.labels[i]], fontsize='medium')
-    for ax, label in zip(axes[:, 0], ('image', 'true parts')): _bare(ax, label)
-    _legend(fig, range(12))
+    parts, count = true_parts(images, images.images.shape[2:]), min(count, len(images))
+    fig, (top, bottom) = _strips(2, count)
+    for i in range(count):
+        _show(top, i, images.images[i])
+        _show(bottom, i, parts[i])
+        _name_digits(bottom, i, parts[i])
+    _strip(top, count, 'image', [images.classes[y] for y in images.labels[:count]])
+    _strip(bottom, count, 'true parts')
     return fig
 
-# %% ../nbs/23_analysis.ipynb #1c19ab86
+# %% ../nbs/23_analysis.ipynb #e5b44d98
 def kd_layers(model: nn.Module # any network
              ) -> dict:        # {module path: KDLayer}
     "The KD layers of a network."
@@ -127,12 +140,13 @@ def kd_layers(model: nn.Module # any network
 
 def _totals(layer: KDLayer, x: Tensor, target) -> dict: # sums over the pixels of a map
     s, p_t = rows(layer.scores(x)), target.tile(0, target.shape[0])
-    log_s, active = F.log_softmax(s, 1), (rows(layer.assign(x)) > 0).float().mean(1) if layer.alpha else s[:, 0] * float('nan')
+    log_s = F.log_softmax(s, 1)
+    active = (rows(layer.assign(x)) > 0).float().mean(1) if layer.alpha else s[:, 0] * float('nan')
     each = dict(active=active, p_S=-(log_s.exp() * log_s).sum(1), p_T=torch.special.entr(p_t).sum(1),
                 agreement=s.argmax(1) == p_t.argmax(1), KL=F.kl_div(log_s, p_t, reduction='none').sum(1))
     return dict(pixels=len(s), **{name: value.sum().item() for name, value in each.items()})
 
-# %% ../nbs/23_analysis.ipynb #c1cddc8c
+# %% ../nbs/23_analysis.ipynb #554ac9c3
 @torch.no_grad()
 def layer_report(distiller: Distiller, # trained, or as it starts
                  batches: Iterable,    # of (images, labels, ...)
@@ -145,13 +159,14 @@ def layer_report(distiller: Distiller, # trained, or as it starts
         with evaluating(distiller.student) as student:
             with capture(student, inputs.values()) as maps: student(images)
             found += [dict(tap=tap, **_totals(layers[tap], maps[inputs[tap]], targets[tap])) for tap in layers]
-    totals = pd.DataFrame(found).groupby('tap', sort=False).sum()
+    totals = pd.DataFrame(found).groupby('tap', sort=False).sum(min_count=1)
     means = totals.div(totals.pixels, axis=0).drop(columns='pixels')
     means['p_S'], means['p_T'] = np.exp(means.p_S), np.exp(means.p_T)
     about = [dict(tap=tap, templates=len(m.templates), alpha=m.alpha, g=m.scale.item()) for tap, m in layers.items()]
-    return pd.DataFrame(about).set_index('tap').join(means.rename(columns=dict(p_S='perplexity p_S', p_T='perplexity p_T')))
+    means = means.rename(columns=dict(p_S='perplexity p_S', p_T='perplexity p_T'))
+    return pd.DataFrame(about).set_index('tap').join(means)
 
-# %% ../nbs/23_analysis.ipynb #2621b1e3
+# %% ../nbs/23_analysis.ipynb #12c02209
 @torch.no_grad()
 def assignments(model: nn.Module, # a network with KD layers
                 path: str,        # of a KD layer, see `kd_layers`
@@ -159,7 +174,7 @@ def assignments(model: nn.Module, # a network with KD layers
                ) -> Tensor:       # N x h x w, integers: the template with the highest score
     "The best matching template of every cell, in eval mode."
     layers = kd_layers(model)
-    if path not in layers: raise KeyError(f'assignments: found {path!r}; the KD layers are {", ".join(layers) or "none"}')
+    if path not in layers: raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
     found = []
     for images, *_ in batches:
         with evaluating(model), capture(model, f'{path}:input') as maps: model(images)
@@ -174,47 +189,50 @@ def nearest_prototypes(supervision, # fitted
     targets = (supervision.target(rows, labels) for rows, labels in stream)
     return torch.cat([t.tile(0, t.shape[0]).argmax(1).cpu() for t in targets])
 
-# %% ../nbs/23_analysis.ipynb #fd407ac3
+# %% ../nbs/23_analysis.ipynb #44d4bdb0
 def meanings(assignment: Tensor, # integers of any shape, below `clusters`
              truth: Tensor,      # the true parts, as many
              clusters: int,      # K
             ) -> Tensor:         # K part codes; -1 where nothing was assigned
     "The most frequent part of each cluster."
-    counts = torch.bincount(assignment.flatten() * len(PARTS) + truth.flatten(), minlength=clusters * len(PARTS)).view(clusters, -1)
+    pairs = assignment.flatten() * len(PARTS) + truth.flatten()
+    counts = torch.bincount(pairs, minlength=clusters * len(PARTS)).view(clusters, -1)
     return torch.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
-# %% ../nbs/23_analysis.ipynb #9e82480a
-def _cells(ax, parts: Tensor, wrong: Optional[Tensor] = None): # h x w codes, -1 for none; h x w booleans
-    "A grid of coloured cells, digits written into them."
+# %% ../nbs/23_analysis.ipynb #8b5d95cd
+def _cells(ax, place: int, parts: Tensor, wrong: Optional[Tensor] = None): # h x w codes, -1 for none; h x w booleans
+    "A grid of coloured cells with their digits."
+    _show(ax, place, parts)
     h, w = parts.shape
-    ax.imshow(parts.cpu(), cmap=_CMAP.with_extremes(under='white'), vmin=0, vmax=11, extent=(0, w, h, 0), interpolation='nearest')
     for y, x in np.ndindex(h, w):
-        part = parts[y, x].item()
-        if 0 <= part < BACKGROUND: _mark(ax, x + .5, y + .52, part, 32 / max(h, w))
+        if 0 <= parts[y, x] < BACKGROUND: _mark(ax, place, (x + .5) / w, (y + .5) / h, parts[y, x], 36 / max(h, w))
         if wrong is not None and wrong[y, x]:
-            ax.add_patch(Rectangle((x + .06, y + .06), .88, .88, fill=False, edgecolor='black', linewidth=1.2))
-    _bare(ax)
+            _frame(ax, place, (x + .08) / w, (y + .08) / h, .84 / w, .84 / h, 'black', 1.2)
 
+def _right(said: Tensor, truth: Tensor) -> tuple: # (share of the digit cells where both agree, the same by chance)
+    digit, often = truth < BACKGROUND, torch.bincount(said.flatten() + 1, minlength=len(PARTS) + 1) / said.numel()
+    return (said == truth)[digit].float().mean().item(), often[truth[digit] + 1].mean().item()
+
+# %% ../nbs/23_analysis.ipynb #f1857046
 def show_assignments(images: Images,     # of DigitPairs, N images
                      assignment: Tensor, # N x h x w, see `assignments`
                      meaning: Tensor,    # K part codes, see `meanings`; best found on other images
                      count: int = 8,     # images shown, the first ones
                     ) -> Figure:
     "Images, their true parts, and the parts for which the assigned templates stand."
-    truth, said = true_parts(images, assignment.shape[1:]).cpu(), meaning[assignment]
-    digit, count = truth < BACKGROUND, min(count, len(images))
-    fig, axes = new_figure(.95 * count + 1.2, 3.4, 3, count, style='white')
-    for i, (top, middle, bottom) in enumerate(axes.T):
-        _picture(top, images.images[i])
-        _cells(middle, truth[i])
-        _cells(bottom, said[i], said[i] != truth[i])
-    for ax, label in zip(axes[:, 0], ('image', 'true part', "template's part")): _bare(ax, label)
-    right = (said == truth)[digit].float().mean().item()
-    fig.suptitle(f'{right:.0%} of the digit cells of {len(images):,} images have a template of their digit', fontsize='medium')
-    _legend(fig, range(12))
+    truth, said = true_parts(images, assignment.shape[1:]).cpu(), meaning[assignment].cpu()
+    count = min(count, len(images))
+    right, chance = _right(said, truth)
+    fig, axes = _strips(3, count, f'{right:.0%} of the digit cells of {len(images):,} images '
+                                  f'have a template of their digit (by chance {chance:.0%})')
+    for i in range(count):
+        _show(axes[0], i, images.images[i])
+        _cells(axes[1], i, truth[i])
+        _cells(axes[2], i, said[i], said[i] != truth[i])
+    for ax, label in zip(axes, ('image', 'true part', "template's\npart")): _strip(ax, count, label)
     return fig
 
-# %% ../nbs/23_analysis.ipynb #6ecaa1c0
+# %% ../nbs/23_analysis.ipynb #8feec2d9
 def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
                     classes: int,       # Y
                    ) -> Tensor:         # Y x Y, rows sum to 1
@@ -226,7 +244,8 @@ def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
 def share_a_digit(classes # names of two digits, such as '37'
                  ) -> Tensor: # Y x Y booleans
     "Which classes have exactly one digit in the same place."
-    if bad := [c for c in classes if len(c) != 2]: raise ValueError(f'classes: found {bad[0]!r}; expected names of two digits')
+    bad = [name for name in classes if len(name) != 2 or not name.isdigit()]
+    if bad: raise ValueError(f'classes: found {bad[0]!r}; expected names of two digits')
     names = torch.tensor([[int(digit) for digit in name] for name in classes])
     return (names[:, None] == names).sum(2) == 1
 
@@ -240,7 +259,7 @@ def shared_mass(transition: Tensor, # M
     return dict(off_class=off / other, shared=m[related].sum().item() / off if off > 0 else float('nan'),
                 chance=related.sum().item() / (len(classes) * (len(classes) - 1)))
 
-# %% ../nbs/23_analysis.ipynb #4aa90a60
+# %% ../nbs/23_analysis.ipynb #1e01bd42
 @torch.no_grad()
 def subclass_cells(supervision, # fitted `SubClasses`
                    stream: Iterable, # of (rows, labels)
@@ -254,6 +273,7 @@ def subclass_cells(supervision, # fitted `SubClasses`
         distance.append((z - supervision.prototypes[own]).norm(dim=1).cpu())
     return torch.cat(subclass), torch.cat(distance)
 
+# %% ../nbs/23_analysis.ipynb #4be9e401
 def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
                   distance: Tensor, # N
                   clusters: int,    # K
@@ -273,22 +293,22 @@ def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
     found[subclass[order][keep], rank[keep]] = order[keep]
     return found
 
-# %% ../nbs/23_analysis.ipynb #66502b41
+# %% ../nbs/23_analysis.ipynb #ed290813
 def patch_at(images: Images,
              cell: int,           # place among the cells of all images
              grid: tuple,         # (h, w)
-             size: Optional[int] = None, # pixels to the side; None: half of the image's height
-            ) -> tuple:           # (3 x size x size uint8, white beyond the image; the cell's (x, y, width, height) in it, pixels)
+             size: Optional[int] = None, # pixels to the side; None: three quarters of the image's height
+            ) -> tuple:           # (3 x size x size bytes, white beyond the image; the cell's x, y, width, height in it)
     "The region around a cell."
     (h, w), (height, width) = grid, images.images.shape[2:]
     image, place = divmod(int(cell), h * w)
-    cell_h, cell_w, size = height / h, width / w, size or height // 2
+    cell_h, cell_w, size = height / h, width / w, size or height * 3 // 4
     top, left = (round((i + .5) * c - size / 2) for i, c in ((place // w, cell_h), (place % w, cell_w)))
     padded = F.pad(images.images[image], (size,) * 4, value=255)
     frame = (place % w) * cell_w - left, (place // w) * cell_h - top, cell_w, cell_h
     return padded[:, top + size:top + 2 * size, left + size:left + 2 * size], frame
 
-# %% ../nbs/23_analysis.ipynb #4a5da6bd
+# %% ../nbs/23_analysis.ipynb #e65b5056
 def _heat_map(fig, ax, m: Tensor, classes):
     shown = ax.imshow(m.clamp(min=1e-4).cpu(), cmap='rocket_r', norm=LogNorm(1e-4, 1), interpolation='nearest')
     step = max(1, len(classes) // 10)
@@ -298,18 +318,23 @@ def _heat_map(fig, ax, m: Tensor, classes):
     names = [classes[t] for t in ticks]
     ax.set_xticks(ticks, names), ax.set_yticks(ticks, names)
     ax.set(xlabel="nearest sub-class's class", ylabel='own class')
-    fig.colorbar(shown, ax=ax, location='bottom', shrink=.6, aspect=30, label='share of the class (log scale)')
+    fig.colorbar(shown, ax=ax, location='bottom', shrink=.8, aspect=40, pad=.02, label='share of the class (log scale)')
 
-def _patches(axes, images: Images, cells: Tensor, grid: tuple, label: str):
-    for ax, cell in zip(axes, cells.tolist()):
-        patch, (x, y, w, h) = patch_at(images, cell, grid)
-        ax.imshow(patch.permute(1, 2, 0).cpu(), interpolation='nearest', extent=(0, patch.shape[2], patch.shape[1], 0))
-        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor='white', linewidth=1.6))
-        ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor='black', linewidth=.8))
-        _bare(ax)
-    _bare(axes[0], label)
+def _patches(ax, images: Images, cells: Tensor, grid: tuple, label: str):
+    for i, cell in enumerate(cells.tolist()):
+        patch, where = patch_at(images, cell, grid)
+        _show(ax, i, patch)
+        for colour, line in (('white', 2.4), ('black', 1)):
+            _frame(ax, i, *(v / patch.shape[1] for v in where), colour, line)
+    _strip(ax, len(cells), label)
 
-# %% ../nbs/23_analysis.ipynb #8469f42b
+def _in_words(transition: Tensor, classes) -> str: # what @eq-shared found, for classes that are pairs of digits
+    if any(len(c) != 2 or not c.isdigit() for c in classes): return ''
+    m = shared_mass(transition, classes)
+    return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes to classes "
+            f"with the same digit in one place (by chance {m['chance']:.0%})")
+
+# %% ../nbs/23_analysis.ipynb #67ff14e5
 def show_transitions(transition: Tensor, # M, K x K
                      images: Images,     # whose cells the next argument counts
                      cells: Tensor,      # K x count, see `nearest_cells`
@@ -317,33 +342,38 @@ def show_transitions(transition: Tensor, # M, K x K
                      shown: int = 4,     # sub-classes of each kind
                     ) -> Figure:
     "The transition matrix between classes, its most discriminative and its most shared sub-classes as patches."
-    classes, count = images.classes, cells.shape[1]
-    spread, per_class = torch.special.entr(transition).sum(1).exp(), len(transition) // len(classes)
-    ranked = [k for k in spread.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
-    fig = Figure((5.2 + .75 * count + 1.6, 5.6), dpi=80, layout='constrained')
-    left, right = fig.subfigures(1, 2, width_ratios=(5.2, .75 * count + 1.6))
+    classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
+    ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
+    fig = Figure((6.2 + .68 * cells.shape[1], 5.6), dpi=80, layout='constrained')
+    fig.suptitle(_in_words(transition, classes), fontsize='medium')
+    left, right = fig.subfigures(1, 2, width_ratios=(4.8, 1.4 + .68 * cells.shape[1]))
     _heat_map(left, left.subplots(), between_classes(transition, len(classes)), classes)
-    for part, title, chosen in zip(right.subfigures(2, 1), ('most discriminative', 'most shared'), (ranked[:shown], ranked[::-1][:shown])):
-        part.suptitle(f'{title} sub-classes', fontsize='medium')
-        for axes, k in zip(part.subplots(shown, count, squeeze=False), chosen):
-            _patches(axes, images, cells[k], grid, f'of {classes[k // per_class]}\nperplexity {spread[k]:.1f}')
+    kinds = {'discriminative': ranked[:shown], 'shared': ranked[::-1][:shown]}
+    for part, (kind, chosen) in zip(right.subfigures(2, 1), kinds.items()):
+        part.suptitle(f'most {kind} sub-classes', fontsize='medium')
+        for ax, k in zip(part.subplots(shown, squeeze=False)[:, 0], chosen):
+            own = classes[k * len(classes) // len(transition)]
+            _patches(ax, images, cells[k], grid, f'of {own}\nperplexity {flatness[k]:.1f}')
     return fig
 
-# %% ../nbs/23_analysis.ipynb #02e20244
+# %% ../nbs/23_analysis.ipynb #94b06a85
 def learning_curves(records: list # of `letkd.tables.read_records`
                    ) -> Figure:   # one panel for each pair
     "Top-1 on the evaluated split against the epoch, for each method."
     frame = summary(records)
     pairs = [(title, rows[rows.n > 0]) for title, rows in pairs_of(frame)]
-    fig, axes = new_figure(6.5, 3.6 * len(pairs), len(pairs), sharey=True)
+    fig, axes = new_figure(6.5, 3.2 * len(pairs), len(pairs), sharey=True)
     for ax, (title, rows) in zip(axes[:, 0], pairs):
         _curves(ax, rows[rows.method != 'teacher'])
-        for level in rows[rows.method == 'teacher'].top1_last: ax.axhline(level, color='.35', ls='--', lw=1, label='teacher, last epoch')
+        for level in rows[rows.method == 'teacher'].top1_last:
+            ax.axhline(level, color='.35', ls='--', lw=1, label='teacher, last epoch')
         ax.set(xlabel='epoch', ylabel=f'top-1 on the {rows.split.iloc[0]} split (%)')
         ax.set_title(title, loc='left', fontsize='medium')
-        if ax.get_legend_handles_labels()[0]: ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+        ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return fig
 
 def _curves(ax, rows: pd.DataFrame):
-    points = [dict(row=label(row), epoch=i + 1, top1=top1) for _, row in rows.iterrows() for curve in row.curves for i, top1 in enumerate(curve)]
-    if points: sns.lineplot(pd.DataFrame(points), x='epoch', y='top1', hue='row', style='row', errorbar='sd', palette='colorblind', ax=ax)
+    points = [dict(row=label(row), epoch=i + 1, top1=top1)
+              for _, row in rows.iterrows() for curve in row.curves for i, top1 in enumerate(curve)]
+    if points: sns.lineplot(pd.DataFrame(points), x='epoch', y='top1', hue='row', style='row',
+                            errorbar='sd', palette='colorblind', ax=ax)

@@ -7,13 +7,11 @@ __all__ = ['SUPERVISION', 'CORNERS', 'LAYER', 'FUNCTION', 'TERM', 'Battery', 'st
            'run_checks', 'clouds', 'supervision_checks', 'check_supervision', 'layer_checks', 'check_layer',
            'function_checks', 'check_function', 'classifier', 'pictures', 'term_checks', 'check_term']
 
-# %% ../nbs/09_checks.ipynb #aee27aa2
+# %% ../nbs/09_checks.ipynb #62beb690
 import copy, difflib, importlib.util, inspect, io, json, math, os, random, re, subprocess, sys, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, Iterable, Iterator, Optional
 from unittest import SkipTest
 
@@ -30,36 +28,56 @@ from .layer import KDLayer, _like, supervised
 from .matching import DenseTarget, PrototypeTarget, TableTarget, kd_layer
 from .taps import rows as rows_of
 
-# %% ../nbs/09_checks.ipynb #e9ae9e38
+# %% ../nbs/09_checks.ipynb #3bce5bdf
 class Battery(dict):
     "Checks by name; as a decorator it adds one, named like the function."
     def __call__(self, check: Callable) -> Callable: # a function of one case, whose docstring is its claim
         self[check.__name__.lstrip('_')] = check
         return check
 
-    def generate(self, case) -> Iterator[tuple]: # (name, callable without arguments)
-        for name, check in self.items(): yield name, Check(name, inspect.getdoc(check), partial(check, case))
+    def generate(self, case) -> list: # of (name, callable without arguments)
+        return [(name, Check(name, inspect.getdoc(check), partial(check, case))) for name, check in self.items()]
 
-# %% ../nbs/09_checks.ipynb #898bcccb
-def _world() -> dict:
+# %% ../nbs/09_checks.ipynb #85321c3c
+def _generators() -> dict: # name: (state, how to set it)
+    "Every global generator."
+    found = {"Python's generator": (random.getstate(), random.setstate),
+             "NumPy's generator": (np.random.get_state(), np.random.set_state),
+             "torch's generator": (torch.get_rng_state(), torch.set_rng_state)}
+    if not torch.cuda.is_initialized(): return found
+    return found | {'the CUDA generators': (torch.cuda.get_rng_state_all(), torch.cuda.set_rng_state_all)}
+
+def _listed(state): # nested tuples, arrays and tensors as lists, which can be compared
+    if isinstance(state, (tuple, list)): return [_listed(s) for s in state]
+    return state.tolist() if isinstance(state, (Tensor, np.ndarray)) else state
+
+def _world() -> dict: # name: value
     "What a call must leave as it was."
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"Python's generator": random.getstate(), "NumPy's generator": (name, keys.tobytes(), *rest),
-            "torch's generator": torch.get_rng_state().tolist(), 'the CUDA generators': [s.tolist() for s in cuda],
-            'the thread count': torch.get_num_threads(), 'the default type': torch.get_default_dtype(),
-            'the gradient mode': torch.is_grad_enabled()}
+    return {name: _listed(state) for name, (state, _) in _generators().items()} | {
+        'the thread count': torch.get_num_threads(), 'the default type': torch.get_default_dtype(),
+        'the gradient mode': torch.is_grad_enabled()}
+
+# %% ../nbs/09_checks.ipynb #182b037e
+_ANNOUNCEMENTS = DeprecationWarning, PendingDeprecationWarning, FutureWarning
 
 @contextmanager
-def strict_world():
+def strict_world(seed: int = 20230905): # where the global generators stand meanwhile
     "Within it warnings are errors; at its end nothing global may have changed."
-    before = _world()
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning): warnings.simplefilter('ignore', kind)
-        yield
-    changed = [k for k, v in _world().items() if v != before[k] and before[k] != []]
-    if changed: raise AssertionError(f'a call changed {", ".join(changed)}; expected it as before')
+    users, threads = _generators(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small
+    try:
+        random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+        before = _world()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            for kind in _ANNOUNCEMENTS: warnings.simplefilter('ignore', kind)
+            warnings.filterwarnings('error', module=r'letkd(\.|$)')
+            yield
+        changed = [k for k, v in _world().items() if v != before.get(k, v)]
+        if changed: raise AssertionError(f'a call changed {", ".join(changed)}; expected it as before')
+    finally:
+        torch.set_num_threads(threads)
+        for state, put_back in users.values(): put_back(state)
 
 # %% ../nbs/09_checks.ipynb #547438ee
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ def _judge(check: Check, reason: Optional[str]) -> tuple: # (outcome, message)
     except Exception as e: return ('expected failure', reason) if reason else ('failed', f'{type(e).__name__}: {e}')
     return ('failed', f'passes, but should fail: {reason!r}. Take it off the table') if reason else ('passed', '')
 
-# %% ../nbs/09_checks.ipynb #eb95d3f1
+# %% ../nbs/09_checks.ipynb #ec88c96d
 class Report(list):
     "Outcomes of a battery; prints as a table."
     def count(self, outcome: str) -> int: return sum(o.outcome == outcome for o in self) # how many came out so
@@ -98,8 +116,8 @@ class Report(list):
         return ', '.join(f'{self.count(k)} {k}' for k in kinds if self.count(k)) or 'no checks'
 
     def __repr__(self) -> str:
-        lines = [f'{o.outcome:16}  {o.name:34}  {o.claim}' + (f'\n{"":18}{"because " + o.message}' if o.message else '') for o in self]
-        return '\n'.join([self.summary, *lines])
+        why = lambda o: f'\n{"":18}because {o.message}' if o.message else ''
+        return '\n'.join([self.summary, *(f'{o.outcome:16}  {o.name:35} {o.claim}{why(o)}' for o in self)])
 
 # %% ../nbs/09_checks.ipynb #6ef5be44
 def run_checks(checks: Iterable,              # (name, callable) pairs
@@ -117,14 +135,15 @@ def run_checks(checks: Iterable,              # (name, callable) pairs
     if failed: raise AssertionError(f'{what}: {len(failed)} of {len(report)} checks failed' + ''.join(failed))
     return report
 
-# %% ../nbs/09_checks.ipynb #f590dbf9
-def _close(found, expected, eps: float = 0., what: str = 'found'): # tensors, or dicts and lists of them; eps = 0: bit for bit
+# %% ../nbs/09_checks.ipynb #d3ce1ec7
+def _close(found, expected, eps: float = 0., what: str = 'found'): # tensors or lists of them; eps = 0: bit for bit
     "Values agree to within `eps`, of the size of the largest where that is above 1."
-    largest = max([1.] + [v.abs().max().item() for v in (expected if isinstance(expected, (tuple, list)) else [expected])
-                          if isinstance(v, Tensor) and v.numel() and v.is_floating_point()])
-    torch.testing.assert_close(found, expected, rtol=0, atol=eps * largest, equal_nan=True, msg=lambda m: f'{what}: {m}')
+    tensors = [t for t in (expected if isinstance(expected, (tuple, list)) else [expected]) if isinstance(t, Tensor)]
+    largest = max([1.] + [t.abs().max().item() for t in tensors if t.numel() and t.is_floating_point()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=eps * largest, equal_nan=True,
+                               msg=lambda m: f'{what}: {m}')
 
-def _refused(do: Callable, *parts, what: str = 'bad input'): # parts: what the error must mention, numbers as whole words
+def _refused(do: Callable, *parts, what: str = 'bad input'): # parts: what the error must mention, as whole words
     "Doing it raises an error that names what was found and expected."
     try: do()
     except (ValueError, TypeError, KeyError, RuntimeError) as e: message = str(e)
@@ -180,7 +199,7 @@ class _Fitting:
 
 SUPERVISION = Battery()
 
-# %% ../nbs/09_checks.ipynb #7b5c00a7
+# %% ../nbs/09_checks.ipynb #a0e749e1
 @SUPERVISION
 def _constructing_only_stores(case):
     "Arguments are stored under their names, nothing is computed, there are no parameters."
@@ -190,6 +209,7 @@ def _constructing_only_stores(case):
     assert not list(s.parameters()), 'found parameters; the results of fit are buffers'
     assert not any(b is not None for b in s.buffers()), 'found buffers with values before fit'
 
+# %% ../nbs/09_checks.ipynb #21267cff
 @SUPERVISION
 def _unfitted_names_the_remedy(case):
     "target before fit is an error that says to call fit."
@@ -208,7 +228,7 @@ def _fit_leaves_its_surroundings(case):
     assert not changed, f'fit changed the arguments {changed}'
     assert s.state_dict() and not list(s.parameters()), 'the results of fit are not buffers'
 
-# %% ../nbs/09_checks.ipynb #e9062a82
+# %% ../nbs/09_checks.ipynb #5e060c12
 @SUPERVISION
 def _refitting_is_bit_equal(case):
     "Fitting again, anew or on the same instance, on 1 or 2 threads, gives the same bits."
@@ -222,19 +242,21 @@ def _refitting_is_bit_equal(case):
     finally: torch.set_num_threads(threads)
     _close(dict(first.fit([(case.rows, case.labels)]).state_dict()), again, what='the same instance')
 
+# %% ../nbs/09_checks.ipynb #392c112d
 @SUPERVISION
 def _chunks_do_not_matter(case):
     "One chunk and seven uneven ones, one of a single row, give the same targets."
     uneven = case.fit(cuts=(1, 2, 50, 57, 180, 301))
     _close(case.dense(uneven), case.dense(case.fit()), 1e-5, 'targets')
 
-# %% ../nbs/09_checks.ipynb #fafc7e61
+# %% ../nbs/09_checks.ipynb #998a8cc8
 @SUPERVISION
 def _doubled_rows_change_nothing(case):
     "Every row twice is the same data."
     twice = case.fit(case.rows.repeat(2, 1), case.labels.repeat(2))
     _close(case.dense(twice), case.dense(case.fit()), 1e-4, 'targets')
 
+# %% ../nbs/09_checks.ipynb #e2e2a37b
 @SUPERVISION
 def _shifted_features_change_nothing(case):
     "A vector of 1024s, of either sign, added to all features moves no target."
@@ -242,13 +264,14 @@ def _shifted_features_change_nothing(case):
     grid = (case.rows * 64).round() / 64
     _close(case.dense(case.fit(grid + shift), grid + shift), case.dense(case.fit(grid), grid), 1e-3, 'targets')
 
+# %% ../nbs/09_checks.ipynb #ec2a29b6
 @SUPERVISION
 def _float32_agrees_with_float64(case):
     "Rows in float32 and float64 give the same targets to within 1e-4."
     double = case.fit(case.rows.double())
     _close(case.dense(double, case.rows.double()).float(), case.dense(case.fit()).float(), 1e-4, 'targets')
 
-# %% ../nbs/09_checks.ipynb #8024dd24
+# %% ../nbs/09_checks.ipynb #84767449
 def _probabilities(p: Tensor, what: str):
     assert p.dtype in (torch.float32, torch.float64), f'{what}: found {p.dtype}; expected float32 at least'
     assert p.isfinite().all(), f'{what}: {(~p.isfinite()).any(1).sum()} of {len(p)} rows are not finite'
@@ -256,6 +279,7 @@ def _probabilities(p: Tensor, what: str):
     off = (p.double().sum(1) - 1).abs().max()
     assert off < 1e-5, f'{what}: a row sums to 1 ± {off:.3g}'
 
+# %% ../nbs/09_checks.ipynb #2be931b8
 @SUPERVISION
 def _rows_are_probabilities(case):
     "Rows are at least 0 and sum to 1; there are num_templates columns."
@@ -265,7 +289,7 @@ def _rows_are_probabilities(case):
         f'found shape {target.shape}; expected {len(case.rows)} rows and num_templates = {s.num_templates}'
     _probabilities(case.dense(s), 'targets')
 
-# %% ../nbs/09_checks.ipynb #3ba60de5
+# %% ../nbs/09_checks.ipynb #7c0e1685
 @SUPERVISION
 def _huge_features(case):
     "Features times 10,000, in fit and after it, still give probabilities."
@@ -273,6 +297,7 @@ def _huge_features(case):
     _probabilities(case.dense(case.fit(huge), huge), 'fitted on huge features')
     _probabilities(case.dense(case.fit(), huge), 'huge features after fit')
 
+# %% ../nbs/09_checks.ipynb #e9900486
 @SUPERVISION
 def _half_precision(case):
     "Rows in half precision give the targets of the same numbers in float32."
@@ -292,14 +317,16 @@ def _autocast_changes_no_target(case):
     with torch.autocast('cpu', torch.bfloat16): found = case.dense(s, rows, labels)
     _close(found, expected, 1e-5, 'targets within autocast')
 
-# %% ../nbs/09_checks.ipynb #896b412c
+# %% ../nbs/09_checks.ipynb #a5a1c038
 @SUPERVISION
 def _tiles_are_rows(case):
     "tile(i, j) is rows i to j of the dense form."
     target = case.fit().target(case.rows, case.labels)
     dense = target.tile(0, len(case.rows))
-    for i, j in ((0, 1), (3, 3), (7, 64), (64, len(case.rows))): _close(target.tile(i, j), dense[i:j], 1e-6, f'tile({i}, {j})')
+    for i, j in ((0, 1), (3, 3), (7, 64), (64, len(case.rows))):
+        _close(target.tile(i, j), dense[i:j], 1e-6, f'tile({i}, {j})')
 
+# %% ../nbs/09_checks.ipynb #f20fe9e1
 @SUPERVISION
 def _rows_are_independent(case):
     "Pieces joined equal the whole, and permuted rows have permuted targets."
@@ -309,6 +336,7 @@ def _rows_are_independent(case):
     _close(torch.cat(pieces), whole, 1e-6, 'pieces')
     _close(case.dense(s, case.rows[order], case.labels[order]), whole[order], 1e-6, 'permuted')
 
+# %% ../nbs/09_checks.ipynb #6c14874c
 @SUPERVISION
 def _target_is_pure(case):
     "Asking twice gives the same bits, changes no state, and passes no gradient to the teacher."
@@ -320,17 +348,20 @@ def _target_is_pure(case):
     _close(rows.detach(), case.rows, what='rows')
     assert not first.requires_grad, 'the target carries a gradient to the teacher'
 
-# %% ../nbs/09_checks.ipynb #a605a6c8
+# %% ../nbs/09_checks.ipynb #0cbf243b
 @SUPERVISION
 def _layouts_agree(case):
     "Rows of a map, of a channels_last map, of tokens and strided rows have the same targets."
     s, r = case.fit(), case.rows[:36]
     nhwc = r.view(4, 3, 3, -1)
-    forms = dict(map=nhwc.permute(0, 3, 1, 2).contiguous(), channels_last=nhwc.permute(0, 3, 1, 2), tokens=nhwc.flatten(1, 2))
-    forms = {k: rows_of(v) for k, v in forms.items()} | dict(strided=torch.stack([r, r], 2)[..., 0], transposed=r.T.contiguous().T)
+    nchw = nhwc.permute(0, 3, 1, 2)
+    maps = dict(map=nchw.contiguous(), channels_last=nchw, tokens=nhwc.flatten(1, 2))
+    forms = {name: rows_of(m) for name, m in maps.items()}
+    forms |= dict(strided=torch.stack([r, r], 2)[..., 0], transposed=r.T.contiguous().T)
     for name, form in forms.items():
         _close(case.dense(s, form, case.labels[:36]), case.dense(s, r, case.labels[:36]), 1e-6, name)
 
+# %% ../nbs/09_checks.ipynb #fe73ed42
 @SUPERVISION
 def _temperature_limits(case):
     "As tau goes to 0 a row is one-hot, at the nearest prototype if there are prototypes; as tau grows it is uniform."
@@ -338,7 +369,8 @@ def _temperature_limits(case):
     if not hasattr(s, 'tau'): raise SkipTest('has no tau')
     target, p = s.target(case.rows, case.labels), case.dense(s)
     best = p.argmax(1)
-    if isinstance(target, PrototypeTarget): best = torch.cdist(target.rows.double(), target.prototypes.double()).argmin(1)
+    if isinstance(target, PrototypeTarget):
+        best = torch.cdist(target.rows.double(), target.prototypes.double()).argmin(1)
     sure = (p.topk(2).values @ p.new_tensor([1., -1.])) > 1e-3  # no ties
     s.tau = 1e-6
     _close(case.dense(s)[sure], F.one_hot(best, s.num_templates)[sure].to(p.dtype), 1e-3, 'tau = 1e-6')
@@ -392,7 +424,7 @@ def _poor_data_are_handled_or_refused(case):
             except ValueError as e: assert re.search(r'\d', str(e)), f'{what}: the error has no number: {e}'
             else: _probabilities(case.dense(s, r, l), what)
 
-# %% ../nbs/09_checks.ipynb #dd185c83
+# %% ../nbs/09_checks.ipynb #328a927f
 @SUPERVISION
 def _state_dict_loads(case):
     "A state dict loads into an unfitted supervision, bit for bit; another key is refused."
@@ -401,11 +433,12 @@ def _state_dict_loads(case):
     _close(case.dense(fresh), case.dense(s), what='targets after loading')
     state = dict(s.state_dict())
     key = next(iter(state))
-    _refused(lambda: case.make().load_state_dict({('another' if k == key else k): v for k, v in state.items()}), key, 'another',
-             what='a renamed key')
+    renamed = {('another' if k == key else k): v for k, v in state.items()}
+    _refused(lambda: case.make().load_state_dict(renamed), key, 'another', what='a renamed key')
     part = {k: v for k, v in state.items() if k != key}
     if part: _refused(lambda: case.make().load_state_dict(part), key, what='a state without one of its keys')
 
+# %% ../nbs/09_checks.ipynb #0dd5acbf
 @SUPERVISION
 def _copies_are_independent(case):
     "A deep copy has the same targets and shares nothing."
@@ -415,7 +448,7 @@ def _copies_are_independent(case):
     for b in twin.buffers(): b.zero_()
     _close(case.dense(s), before, what='the original, after the copy was zeroed')
 
-# %% ../nbs/09_checks.ipynb #055fa1df
+# %% ../nbs/09_checks.ipynb #9d52f5a6
 _CHILD = '''
 import importlib, json, sys, torch
 from safetensors.torch import load_file, save_file
@@ -428,16 +461,18 @@ target = supervision.target(data['rows'], data['labels'])
 save_file({'dense': target.tile(0, len(data['rows'])).contiguous()}, folder + '/answer')
 '''
 
+# %% ../nbs/09_checks.ipynb #2ef550ac
 @SUPERVISION
 def _new_process_is_bit_equal(case):
     "Saved here and loaded in a new process, the targets have the same bits."
     s = case.fit()
     kind, names = type(s), [n for n in inspect.signature(type(s).__init__).parameters if n != 'self']
-    if kind.__module__ == '__main__': raise SkipTest(f'{kind.__name__} is defined in __main__, which a new process cannot import')
+    if kind.__module__ == '__main__': raise SkipTest('defined in __main__, which a new process cannot import')
     with tempfile.TemporaryDirectory() as folder:
         save_file({k: v.contiguous() for k, v in s.state_dict().items()}, folder + '/state')
         save_file(dict(rows=case.rows, labels=case.labels), folder + '/data')
-        order = json.dumps([kind.__module__, kind.__name__, {n: getattr(s, n) for n in names}, folder, torch.get_num_threads()])
+        arguments = {n: getattr(s, n) for n in names}
+        order = json.dumps([kind.__module__, kind.__name__, arguments, folder, torch.get_num_threads()])
         child = subprocess.run([sys.executable, '-c', _CHILD], input=order, text=True, capture_output=True,
                                env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))))
         assert child.returncode == 0, f'the new process ended with {child.stderr[-500:]}'
@@ -453,10 +488,10 @@ def _cuda_agrees(case):
     _close(case.dense(s.cuda(), case.rows.cuda(), case.labels.cuda()).cpu(), here, 1e-4, 'targets on CUDA')
     _close(case.dense(case.fit(case.rows.cuda(), case.labels.cuda())), here, 1e-4, 'fitted on rows on CUDA')
 
-# %% ../nbs/09_checks.ipynb #350cd75a
+# %% ../nbs/09_checks.ipynb #477d5a5a
 def supervision_checks(make: Callable,          # () -> an unfitted supervision
                        data: Callable = clouds, # () -> (rows N x C in float32, labels N)
-                      ) -> Iterator[tuple]:     # (name, callable)
+                      ) -> list:                # of (name, callable)
     "The checks of a supervision, one by one."
     return SUPERVISION.generate(_Fitting(make, data))
 
@@ -490,7 +525,7 @@ class _Layering:
         out = out.reshape(last.shape)
         return (out.movedim(-1, 1) if x.ndim == 4 else out), loss
 
-# %% ../nbs/09_checks.ipynb #ce779c1a
+# %% ../nbs/09_checks.ipynb #3399c1d2
 def _plain(norm: Optional[nn.Module]):
     "nn.BatchNorm1d with the parameters of `norm` and a copy of its statistics."
     if norm is None: return None
@@ -499,13 +534,15 @@ def _plain(norm: Optional[nn.Module]):
     plain.weight, plain.bias = norm.weight, norm.bias
     return plain.train(norm.training)
 
-def _probs(n: int, k: int, dtype=torch.float64) -> DenseTarget: return DenseTarget(_random(n, k, dtype=dtype, seed=7).softmax(1))
+def _probs(n: int, k: int, dtype=torch.float64) -> DenseTarget:
+    return DenseTarget(_random(n, k, dtype=dtype, seed=7).softmax(1))
 
 def _places(x: Tensor) -> int: return x.numel() // x.shape[1 if x.ndim == 4 else -1]
 
-CORNERS = {'plain': ((2, 5, 3, 4), 7), 'one image': ((1, 5, 3, 4), 7), '1 x 1 map': ((4, 5, 1, 1), 7), 'one pixel': ((1, 5, 1, 1), 7),
-           'one template': ((2, 5, 3, 4), 1), 'K < C': ((2, 6, 2, 2), 3), 'K > N': ((1, 4, 1, 2), 16), 'one channel': ((2, 1, 3, 3), 4),
-           'ragged tiles': ((3, 4, 19, 23), 70), 'tokens': ((2, 9, 5), 7)}  # name: (shape of x, templates)
+CORNERS = {'plain': ((2, 5, 3, 4), 7), 'one image': ((1, 5, 3, 4), 7), '1 x 1 map': ((4, 5, 1, 1), 7),
+           'one pixel': ((1, 5, 1, 1), 7), 'one template': ((2, 5, 3, 4), 1), 'K < C': ((2, 6, 2, 2), 3),
+           'K > N': ((1, 4, 1, 2), 16), 'one channel': ((2, 1, 3, 3), 4), 'ragged tiles': ((3, 4, 19, 23), 70),
+           'tokens': ((2, 9, 5), 7)}  # name: (shape of x, templates)
 LAYER = Battery()
 
 # %% ../nbs/09_checks.ipynb #76c5feb9
@@ -521,34 +558,36 @@ def _gradients(out: Tensor, loss: Tensor, layer: nn.Module, x: Tensor) -> list: 
     total = (out * _random(*out.shape, dtype=out.dtype, seed=5)).sum() + 3 * loss
     return torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/09_checks.ipynb #bfce32e5
+# %% ../nbs/09_checks.ipynb #8748c4e4
 @LAYER
 def _equals_the_reference(case):
-    "Features and loss are the reference's in float64, in train and eval mode, at corner shapes, for weights of any sign."
+    "Features and loss are the reference's in float64, in both modes, at corner shapes, for weights of any sign."
     for what, layer, x, target in _corners(case):
         (out, loss), (ref, ref_loss) = layer(x, target), case.expected(layer, x, target)
         assert out.shape == x.shape, f'{what}: found features of shape {tuple(out.shape)}; expected {tuple(x.shape)}'
         _close(out.detach(), ref.detach(), 1e-12, f'{what}: features')
         _close(loss.detach(), ref_loss.detach(), 1e-12, f'{what}: loss')
 
+# %% ../nbs/09_checks.ipynb #e3975a1f
 @LAYER
 def _gradients_equal_the_reference(case):
     "So are the gradients of both outputs in the input and in every parameter."
     for what, layer, x, target in _corners(case):
         found, expected = (_gradients(*f(x, target), layer, x) for f in (layer, partial(case.expected, layer)))
-        for name, f, e in zip(['x', *dict(layer.named_parameters())], found, expected): _close(f, e, 1e-10, f'{what}: {name}')
+        names = ['x', *dict(layer.named_parameters())]
+        for name, f, e in zip(names, found, expected): _close(f, e, 1e-10, f'{what}: {name}')
 
-# %% ../nbs/09_checks.ipynb #b14d8f42
+# %% ../nbs/09_checks.ipynb #bb539cf5
 @LAYER
 def _every_kind_of_target(case):
     "Prototypes and tables teach like the dense probabilities that they stand for."
-    layer, x = case.layer(), _random(2, 5, 3, 4)
-    prototypes = PrototypeTarget(_random(24, 3, seed=1), _random(7, 3, seed=2), .7)
-    table = TableTarget(torch.arange(24) % 4, _random(4, 7, seed=3).softmax(1))
-    for target in (prototypes, table):
+    layer, x = case.layer().eval(), _random(2, 5, 3, 4)
+    for target in (PrototypeTarget(_random(24, 3, seed=1), _random(7, 3, seed=2), .7),
+                   TableTarget(torch.arange(24) % 4, _random(4, 7, seed=3).softmax(1))):
         dense = DenseTarget(target.tile(0, 24))
-        _close(layer(x, target)[1].detach(), case.expected(layer, x, dense)[1].detach(), 1e-12, type(target).__name__)
+        _close(layer(x, target)[1].detach(), layer(x, dense)[1].detach(), 1e-12, type(target).__name__)
 
+# %% ../nbs/09_checks.ipynb #8667f6d5
 @LAYER
 def _no_target_no_loss(case):
     "Without a target the features come alone; with one they are the same, and the state too."
@@ -559,8 +598,8 @@ def _no_target_no_loss(case):
         _close(taught(x, _probs(24, 7))[0].detach(), out.detach(), what='features with a target')
         _close(dict(taught.state_dict()), dict(alone.state_dict()), what='state after a target')
 
-# %% ../nbs/09_checks.ipynb #e9ec47ec
-def _gradcheck(case, outputs: Callable, only: Optional[str] = None): # only: the one parameter that is differentiated; None: all and x
+# %% ../nbs/09_checks.ipynb #c847ae20
+def _gradcheck(case, outputs: Callable, only: Optional[str] = None): # only: the one parameter to vary; None: all and x
     layer, x = case.layer(3, 4), _random(2, 3, 1, 3).requires_grad_(only is None)
     names = [only] if only else list(dict(layer.named_parameters()))
     values = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
@@ -569,31 +608,37 @@ def _gradcheck(case, outputs: Callable, only: Optional[str] = None): # only: the
         layer.train(mode)
         torch.autograd.gradcheck(f, (x, *values))
 
+# %% ../nbs/09_checks.ipynb #6b51f790
 @LAYER
 def _gradcheck_jointly(case):
     "Finite differences agree with the gradients of features and loss together, in everything."
     _gradcheck(case, lambda out, loss: (out, loss))
 
+# %% ../nbs/09_checks.ipynb #fd9fe8d7
 @LAYER
 def _gradcheck_of_each_output(case):
     "They agree for the features alone, the loss alone, and for three times the loss."
-    for outputs in (lambda out, loss: out * 1, lambda out, loss: loss, lambda out, loss: 3 * loss): _gradcheck(case, outputs)
+    for outputs in (lambda out, loss: out * 1, lambda out, loss: loss, lambda out, loss: 3 * loss):
+        _gradcheck(case, outputs)
 
+# %% ../nbs/09_checks.ipynb #5c1988c8
 @LAYER
 def _gradcheck_of_each_parameter(case):
     "They agree for each parameter alone, while the others are frozen."
     for name, _ in case.layer(3, 4).named_parameters(): _gradcheck(case, lambda out, loss: (out * 1, loss), name)
 
-# %% ../nbs/09_checks.ipynb #20116f34
+# %% ../nbs/09_checks.ipynb #7791ea87
 @LAYER
 def _two_backwards_agree(case):
     "The second backward pass through one graph gives the bits of the first."
     layer, x = case.layer(), _random(2, 5, 3, 4).requires_grad_()
     out, loss = layer(x, _probs(24, 7))
     total = out.square().sum() + loss
-    first, second = (torch.autograd.grad(total, [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    inputs = [x, *layer.parameters()]
+    first, second = (torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True) for _ in range(2))
     for name, a, b in zip(['x', *dict(layer.named_parameters())], first, second): _close(b, a, what=name)
 
+# %% ../nbs/09_checks.ipynb #645855fa
 @LAYER
 def _scaled_loss_unscales(case):
     "GradScaler's 65,536 times the loss has 65,536 times the gradient."
@@ -603,7 +648,7 @@ def _scaled_loss_unscales(case):
     bare, scaled = torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(65536 * loss, inputs)
     for b, s in zip(bare, scaled): _close(s / 65536, b, 1e-7, 'gradient')
 
-# %% ../nbs/09_checks.ipynb #b6226acd
+# %% ../nbs/09_checks.ipynb #9d7c6e62
 @LAYER
 def _memory_layouts_agree(case):
     "Contiguous, channels_last and strided maps and output gradients give the same numbers."
@@ -618,6 +663,7 @@ def _memory_layouts_agree(case):
     for i, form in enumerate(forms):
         for j, form_g in enumerate(forms): _close(run(form, form_g), expected, 1e-12, f'layout {i} with gradient {j}')
 
+# %% ../nbs/09_checks.ipynb #ddcc90d0
 @LAYER
 def _tokens_equal_a_map(case):
     "Tokens B x N x C are the map B x C x H x W in reading order, and the layout comes back as it came."
@@ -629,7 +675,7 @@ def _tokens_equal_a_map(case):
     nhwc = layer(x.to(memory_format=torch.channels_last))
     assert nhwc.is_contiguous(memory_format=torch.channels_last), 'a channels_last map came back in another layout'
 
-# %% ../nbs/09_checks.ipynb #bfb59c97
+# %% ../nbs/09_checks.ipynb #a0581eba
 @LAYER
 def _lengths_do_not_matter(case):
     "Longer pixels, templates and semantic rows change neither the embedding nor the loss."
@@ -642,6 +688,7 @@ def _lengths_do_not_matter(case):
     _close((longer - 7 * x).detach(), (out - x).detach(), 1e-11, 'embedding')
     _close(same.detach(), loss.detach(), 1e-12, 'loss')
 
+# %% ../nbs/09_checks.ipynb #5a9c77e5
 @LAYER
 def _order_of_templates_does_not_matter(case):
     "Permuted templates, with their statistics and their columns in the target, are the same layer."
@@ -653,7 +700,7 @@ def _order_of_templates_does_not_matter(case):
     _close(again.detach(), out.detach(), 1e-12, 'features')
     _close(same.detach(), loss.detach(), 1e-12, 'loss')
 
-# %% ../nbs/09_checks.ipynb #9f92d742
+# %% ../nbs/09_checks.ipynb #10f33234
 @LAYER
 def _loss_at_its_limits(case):
     "KL is at least 0, is 0 with gradient 0 at the layer's own softmax, and is the cross-entropy at one-hot rows."
@@ -662,11 +709,14 @@ def _loss_at_its_limits(case):
     s = layer.scale * F.cosine_similarity(rows[:, None], layer.templates[None], dim=2)
     own = layer(x, DenseTarget(s.softmax(1).detach()))[1]
     _close(own.item(), 0., 1e-12, 'loss at its own softmax')
-    for g in torch.autograd.grad(own, [x, layer.templates, layer.scale]): _close(g, torch.zeros_like(g), 1e-12, 'its gradient')
+    for g in torch.autograd.grad(own, [x, layer.templates, layer.scale]):
+        _close(g, torch.zeros_like(g), 1e-12, 'its gradient')
     k = torch.arange(24) % 7
-    _close(layer(x, DenseTarget(F.one_hot(k, 7).double()))[1].item(), F.cross_entropy(s, k).item(), 1e-12, 'one-hot rows')
+    one_hot = layer(x, DenseTarget(F.one_hot(k, 7).double()))[1]
+    _close(one_hot.item(), F.cross_entropy(s, k).item(), 1e-12, 'one-hot rows')
     assert min(layer(_random(2, 5, 3, 4, seed=i), _probs(24, 7))[1].item() for i in range(20)) >= 0, 'a negative loss'
 
+# %% ../nbs/09_checks.ipynb #d70a7aa1
 @LAYER
 def _alpha_zero_passes_the_input(case):
     "With alpha = 0 the features are the input bit for bit, while the loss still reaches it."
@@ -691,7 +741,7 @@ def _statistics_are_those_of_batchnorm(case):
     layer.eval()(x)
     for name, t in norm.state_dict().items(): _close(layer.norm.state_dict()[name], t, 1e-12, name)
 
-# %% ../nbs/09_checks.ipynb #50774682
+# %% ../nbs/09_checks.ipynb #97ea4715
 @LAYER
 def _dead_rows_and_large_scales(case):
     "Pixels of zeros, all-zero maps and g = 100 give finite features, losses and gradients."
@@ -700,47 +750,56 @@ def _dead_rows_and_large_scales(case):
         x[zeros] = 0
         with torch.no_grad(): layer.scale.fill_(100.)
         out, loss = layer(x.requires_grad_(), _probs(24, 7, torch.float32))
-        for t in (out, loss, *_gradients(out, loss, layer, x)): assert t.isfinite().all(), f'images {zeros} of zeros: not finite'
+        for t in (out, loss, *_gradients(out, loss, layer, x)):
+            assert t.isfinite().all(), f'images {zeros} of zeros: not finite'
 
+# %% ../nbs/09_checks.ipynb #2bed1e3a
 @LAYER
 def _half_precision_in_and_out(case):
     "A layer in half precision answers in half precision, and its loss is that of the same numbers in float32."
     for dtype in (torch.float16, torch.bfloat16):
         layer, x = case.layer(64, 32).to(dtype), _random(2, 64, 3, 4).to(dtype)
         full, target = copy.deepcopy(layer).float(), _probs(24, 32, torch.float32)
-        for size in (1., 1e-6, 1.6e4):  # the length of the longest overflows float16, the square of the shortest vanishes
+        for size in (1., 1e-6, 1.6e4):  # in float16 large squares overflow, small ones vanish
             v = (x * size).requires_grad_()
             (out, loss), expected = layer(v, target), full(v.detach().float(), target)[1]
             assert out.dtype == dtype, f'found features of {out.dtype}; expected {dtype}'
             assert loss.dtype == torch.float32, f'found a loss of {loss.dtype}; expected float32'
             _close(loss.item(), expected.item(), .02, f'{dtype}, features times {size:g}: loss')
-            assert out.isfinite().all() and torch.autograd.grad(loss, v)[0].isfinite().all(), f'{dtype}, times {size:g}: not finite'
+            finite = out.isfinite().all() and torch.autograd.grad(loss, v)[0].isfinite().all()
+            assert finite, f'{dtype}, features times {size:g}: not finite'
 
-# %% ../nbs/09_checks.ipynb #d8d6a71a
+# %% ../nbs/09_checks.ipynb #10f9a15e
 @LAYER
 def _autocast_keeps_the_loss_exact(case):
     "Within bfloat16 autocast the features keep their type, and the loss is float32 and right to 2 %."
-    layer, x, target = case.layer(64, 32, torch.float32), _random(2, 64, 3, 4, dtype=torch.float32), _probs(24, 32, torch.float32)
+    layer, target = case.layer(64, 32, torch.float32), _probs(24, 32, torch.float32)
+    x = _random(2, 64, 3, 4, dtype=torch.float32)
     exact, exact_loss = layer(x, target)
     with torch.autocast('cpu', torch.bfloat16): out, loss = layer(x, target)
-    assert (out.dtype, loss.dtype) == (torch.float32,) * 2, f'found features and loss of {out.dtype} and {loss.dtype}; expected float32'
+    types = out.dtype, loss.dtype
+    assert types == (torch.float32,) * 2, f'found features and loss of {types}; expected float32'
     _close(loss.item(), exact_loss.item(), .02, 'loss')
     _close(out.detach(), exact.detach(), .05, 'features')
 
+# %% ../nbs/09_checks.ipynb #7bad76d1
 @LAYER
 def _bad_inputs_are_refused(case):
     "Other channels, dimensions, rows or templates than expected: an error with both numbers."
     layer, x = case.layer(), _random(2, 5, 3, 4)
-    table = {'channels': (_random(2, 6, 3, 4), None, (6, 5)), 'tokens': (_random(2, 9, 6), None, (6, 5)), 'dimensions': (_random(5), None, (5,)),
-             'rows': (x, _probs(23, 7), (23, 24)), 'templates': (x, _probs(24, 8), (8, 7))}
+    table = {'channels': (_random(2, 6, 3, 4), None, (6, 5)), 'tokens': (_random(2, 9, 6), None, (6, 5)),
+             'dimensions': (_random(5), None, (5,)), 'rows': (x, _probs(23, 7), (23, 24)),
+             'templates': (x, _probs(24, 8), (8, 7))}
     for what, (bad, target, parts) in table.items(): _refused(lambda: layer(bad, target), *parts, what=f'other {what}')
 
-# %% ../nbs/09_checks.ipynb #044140b9
+# %% ../nbs/09_checks.ipynb #4f33f1d9
 def _traces(module: nn.Module) -> dict:
     "Every attribute of every submodule, by identity, and whether buffers and parameters are still the same objects."
-    kept = {f'{n}.{k}': v for n, m in module.named_modules() for k, v in vars(m).items() if k not in ('_parameters', '_buffers', '_modules')}
-    return {k: id(v) for k, v in kept.items()} | {n: id(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    own = ('_parameters', '_buffers', '_modules')
+    kept = {f'{n}.{k}'.lstrip('.'): v for n, m in module.named_modules() for k, v in vars(m).items() if k not in own}
+    return {k: id(v) for k, v in [*kept.items(), *module.named_parameters(), *module.named_buffers()]}
 
+# %% ../nbs/09_checks.ipynb #6852c65d
 @LAYER
 def _nothing_stays_on_the_layer(case):
     "A step, and a supervised block that ends by an exception, leave no attribute, loss or target behind."
@@ -757,7 +816,7 @@ def _nothing_stays_on_the_layer(case):
     assert isinstance(layer(x), Tensor), 'the target outlives its block'
     copy.deepcopy(layer)
 
-# %% ../nbs/09_checks.ipynb #38534fbb
+# %% ../nbs/09_checks.ipynb #dcbe2743
 @LAYER
 def _is_an_ordinary_module(case):
     "A deep copy is independent; the state dict is strict and exact; the meta device costs nothing."
@@ -771,11 +830,11 @@ def _is_an_ordinary_module(case):
     filled = empty.to_empty(device='cpu').double()
     filled.load_state_dict(layer.state_dict(), strict=True)
     _close(filled.eval()(x).detach(), before, what='filled from the state dict')
-    state = dict(layer.state_dict())
-    _refused(lambda: layer.load_state_dict({k: v for k, v in state.items() if k != 'templates'}), 'templates', what='a missing key')
+    part = {k: v for k, v in layer.state_dict().items() if k != 'templates'}
+    _refused(lambda: layer.load_state_dict(part), 'templates', what='a missing key')
 
-# %% ../nbs/09_checks.ipynb #6d7d734c
-def _same_when(case, transform: Callable, eps: float, batch: int = 2): # transform: (layer, example) -> callable on a map
+# %% ../nbs/09_checks.ipynb #9922270e
+def _same_when(case, transform: Callable, eps: float, batch: int = 2): # transform: (layer, example) -> callable
     "A transformed layer answers like the eager one, in eval mode in float32."
     layer, x = case.layer(dtype=torch.float32).eval(), _random(batch, 5, 3, 4, dtype=torch.float32, seed=1)
     with warnings.catch_warnings():
@@ -783,6 +842,7 @@ def _same_when(case, transform: Callable, eps: float, batch: int = 2): # transfo
         found = transform(layer, _random(2, 5, 3, 4, dtype=torch.float32))(x)
     _close(torch.as_tensor(found).detach(), layer(x).detach(), eps, 'features')
 
+# %% ../nbs/09_checks.ipynb #755dffdf
 @LAYER
 def _compiles(case):
     "torch.compile, without a break in the graph, trains it like eager: features, loss and gradients."
@@ -794,18 +854,22 @@ def _compiles(case):
         _same_when(case, lambda layer, x: torch.compile(layer, backend='aot_eager', fullgraph=True), 1e-6)
     finally: torch._dynamo.reset()
 
-# %% ../nbs/09_checks.ipynb #af1d39e8
+# %% ../nbs/09_checks.ipynb #e9971c8d
 _BATCH = ({0: torch.export.Dim('batch')},)
 
+# %% ../nbs/09_checks.ipynb #0db96b00
 @LAYER
 def _exports(case):
     "torch.export with a free batch size equals eager."
     _same_when(case, lambda layer, x: torch.export.export(layer, (x,), dynamic_shapes=_BATCH).module(), 1e-6, batch=4)
 
+# %% ../nbs/09_checks.ipynb #ed8029ae
 @LAYER
 def _runs_as_onnx(case):
     "onnxruntime runs the ONNX file with another batch size and finds the same."
-    if not (importlib.util.find_spec('onnxruntime') and importlib.util.find_spec('onnxscript')): raise SkipTest('no onnxruntime')
+    missing = [m for m in ('onnxruntime', 'onnxscript') if not importlib.util.find_spec(m)]
+    if missing: raise SkipTest(f'{missing} not installed')
+    if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters: raise SkipTest('this torch is too old')
     def transform(layer, x):
         import onnxruntime
         file = io.BytesIO()
@@ -814,22 +878,24 @@ def _runs_as_onnx(case):
         return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     _same_when(case, transform, 1e-5, batch=4)
 
+# %% ../nbs/09_checks.ipynb #e66489d9
 @LAYER
 def _folds(case):
     "The inference form equals eval mode to within 1e-5."
     if not hasattr(case.layer(), 'fold'): raise SkipTest('has no fold')
     _same_when(case, lambda layer, x: layer.fold(), 1e-5)
 
-# %% ../nbs/09_checks.ipynb #c83955b7
+# %% ../nbs/09_checks.ipynb #960fb2b4
 class _Largest(TorchDispatchMode):
     "Remembers the size of the largest tensor that was made."
     numel = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor) and not t._is_view()]
-        self.numel = max([self.numel, *(t.numel() for t in made)])
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and not t._is_view(): self.numel = max(self.numel, t.numel())
         return out
 
+# %% ../nbs/09_checks.ipynb #e2ec12c9
 @LAYER
 def _never_holds_all_scores(case):
     "No tensor of a step is as large as half of the N x K scores."
@@ -840,7 +906,7 @@ def _never_holds_all_scores(case):
         (out.sum() + loss).backward()
     assert largest.numel < 2048 * 512 / 2, f'found a tensor of {largest.numel:,} numbers; N x K = {2048 * 512:,}'
 
-# %% ../nbs/09_checks.ipynb #939b8f4c
+# %% ../nbs/09_checks.ipynb #a7557eba
 @LAYER
 def _cuda_agrees_with_cpu(case):
     "On CUDA, features, loss and gradients are those of the CPU."
@@ -855,6 +921,7 @@ def _cuda_agrees_with_cpu(case):
                     torch.autograd.grad(further, [y, *there.parameters()], allow_unused=True, materialize_grads=True)):
         _close(b.cpu(), a, 1e-9, 'gradient')
 
+# %% ../nbs/09_checks.ipynb #714f95ea
 @LAYER
 def _cuda_is_never_waited_for(case):
     "A step on CUDA never makes the host wait for the device."
@@ -867,7 +934,7 @@ def _cuda_is_never_waited_for(case):
         (out.sum() + loss).backward()
     finally: torch.cuda.set_sync_debug_mode('default')
 
-# %% ../nbs/09_checks.ipynb #ba036592
+# %% ../nbs/09_checks.ipynb #572f0277
 class _Using(KDLayer):
     "A KD layer that computes with another function."
     def __init__(self, function: Callable, channels: int, templates: int, alpha: float):
@@ -876,18 +943,18 @@ class _Using(KDLayer):
 
     def forward(self, x, target=None):
         last = self._last(x)
-        out, loss = self.function(last.reshape(-1, self.channels), self.templates, self.semantics, self.scale, self.value_scale,
-                                  self.norm, self.alpha, target)
+        out, loss = self.function(last.reshape(-1, self.channels), self.templates, self.semantics, self.scale,
+                                  self.value_scale, self.norm, self.alpha, target)
         out = _like(out, last, x)
         return out if target is None else (out, loss)
 
 _OF_A_LAYER = ('nothing_stays_on_the_layer', 'is_an_ordinary_module', 'folds')  # and not of a function
 FUNCTION = Battery({name: check for name, check in LAYER.items() if name not in _OF_A_LAYER})
 
-# %% ../nbs/09_checks.ipynb #5b9f6876
+# %% ../nbs/09_checks.ipynb #e8f5912b
 def layer_checks(make: Callable,                 # (channels, templates) -> a layer such as `KDLayer`
                  reference: Callable = kd_layer, # what it should compute
-                ) -> Iterator[tuple]:            # (name, callable)
+                ) -> list:                       # of (name, callable)
     "The checks of a layer, one by one."
     return LAYER.generate(_Layering(make, reference))
 
@@ -898,11 +965,11 @@ def check_layer(make: Callable,                  # (channels, templates) -> a la
     "Put a layer through its battery."
     return run_checks(layer_checks(make, reference), expected, 'check_layer')
 
-# %% ../nbs/09_checks.ipynb #41005442
+# %% ../nbs/09_checks.ipynb #333a62bf
 def function_checks(function: Callable,             # like `kd_layer`: the same arguments, the same pair returned
                     alpha: float = 1.,              # weight of the embedding
                     reference: Callable = kd_layer, # what it should compute
-                   ) -> Iterator[tuple]:            # (name, callable)
+                   ) -> list:                       # of (name, callable)
     "The checks of a function, one by one."
     return FUNCTION.generate(_Layering(partial(_Using, function, alpha=alpha), reference))
 
@@ -931,7 +998,25 @@ def pictures(n: int = 12,       # B
     "A batch of noise."
     return _random(n, 3, 8, 8, dtype=torch.float32), torch.arange(n) * 7 % classes
 
-# %% ../nbs/09_checks.ipynb #74cb7df7
+# %% ../nbs/09_checks.ipynb #e8ce6040
+@dataclass
+class _Step:
+    "A term in a distiller, and a batch."
+    student: nn.Module
+    teacher: nn.Module
+    term: nn.Module
+    distiller: Distiller
+    bare: nn.Module # the student as it was
+    images: Tensor
+    labels: Tensor
+
+    def run(self, progress: float = 1., order=slice(None), distiller=None) -> dict: # {name: loss}
+        labels = self.labels[order]
+        return (distiller or self.distiller)(self.images[order], labels, torch.arange(len(labels)), progress)[1]
+
+    def loss(self, *args, **kwargs) -> Tensor: return self.run(*args, **kwargs)[self.term.name]
+
+# %% ../nbs/09_checks.ipynb #1c0582d6
 @dataclass
 class _Distilling:
     "A term's factory with two networks and a batch, and what every check does with them."
@@ -940,31 +1025,31 @@ class _Distilling:
     teacher: Callable
     batch: Callable
 
-    def build(self, before: int = 0, weight: float = 1., dtype=torch.float64) -> SimpleNamespace: # before: is cross-entropy first?
+    def build(self, before: int = 0, weight: float = 1., dtype=torch.float64): # before: is cross-entropy first?
         "Fresh networks and a fresh distiller of the term and a cross-entropy, always the same."
         with _seeded():
             student, teacher = self.student(), self.teacher()
-            bare = SimpleNamespace(student=copy.deepcopy(student).to(dtype), teacher=copy.deepcopy(teacher).to(dtype))
+            bare = copy.deepcopy(student).to(dtype)
             term, ce = self.make(student, teacher), CrossEntropy()
         ce.name, term.weight = 'cross-entropy of the checks', term.weight * weight
         distiller = Distiller(student, teacher, [ce, term] if before else [term, ce]).to(dtype)
         images, labels = self.batch()
-        run = lambda progress=1., images=images.to(dtype), labels=labels, distiller=distiller:             distiller(images, labels, torch.arange(len(labels)), progress)[1]
-        return SimpleNamespace(student=student, teacher=teacher, term=term, distiller=distiller, bare=bare, run=run,
-                               images=images.to(dtype), labels=labels, loss=lambda *a, **k: run(*a, **k)[term.name])
+        return _Step(student, teacher, term, distiller, bare, images.to(dtype), labels)
 
 TERM = Battery()
 
-# %% ../nbs/09_checks.ipynb #146c129f
+# %% ../nbs/09_checks.ipynb #521d3261
 @TERM
 def _finite_at_initialisation(case):
     "The loss is a finite scalar from the first step to the last, in float32 too."
     for dtype in (torch.float64, torch.float32):
         for progress in (0., .5, 1.):
             loss = case.build(dtype=dtype).loss(progress)
-            assert loss.shape == () and loss.dtype == dtype, f'found {loss.dtype} of shape {tuple(loss.shape)}; expected a scalar of {dtype}'
+            found = loss.dtype, tuple(loss.shape)
+            assert found == (dtype, ()), f'found {found}; expected a scalar of {dtype}'
             assert loss.isfinite(), f'progress {progress}: found {loss.item()}'
 
+# %% ../nbs/09_checks.ipynb #d5fd7487
 @TERM
 def _teaches_the_student(case):
     "The student gets a gradient, finite and not zero."
@@ -974,12 +1059,14 @@ def _teaches_the_student(case):
     assert any(g.abs().sum() > 0 for g in grads), 'no parameter of the student has a gradient'
     assert all(g.isfinite().all() for g in grads), 'a gradient of the student is not finite'
 
+# %% ../nbs/09_checks.ipynb #e3ee5a2e
 @TERM
 def _every_parameter_gets_a_gradient(case):
     "With cross-entropy beside it, every parameter of the term and of its layers gets a gradient, not zero."
     d = case.build()
     sum(d.run().values()).backward()
-    own = dict(d.term.named_parameters()) | {f'{tap}.{n}': p for tap, l in d.term.layers.items() for n, p in l.named_parameters()}
+    own = dict(d.term.named_parameters())
+    for tap, layer in d.term.layers.items(): own |= {f'{tap}.{n}': p for n, p in layer.named_parameters()}
     idle = [n for n, p in own.items() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not idle, f'no gradient for {idle}'
 
@@ -998,9 +1085,11 @@ def _gradient_is_the_slope(case):
             values.append(d.loss().item())
     _close((values[0] - values[1]) / (2 * h), slope, 1e-5 * max(1., abs(slope)), 'slope')
 
-# %% ../nbs/09_checks.ipynb #cecc4044
-def _hooks(model: nn.Module) -> int: return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+# %% ../nbs/09_checks.ipynb #6747cd18
+def _hooks(model: nn.Module) -> int: # how many there are, of any kind
+    return sum(len(h) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
 
+# %% ../nbs/09_checks.ipynb #a2c841b2
 @TERM
 def _teacher_gets_no_gradient(case):
     "A step leaves no gradient on the teacher, although its parameters could take one."
@@ -1010,41 +1099,45 @@ def _teacher_gets_no_gradient(case):
     touched = [n for n, p in d.teacher.named_parameters() if p.grad is not None]
     assert not touched, f'the teacher has gradients at {touched}'
 
+# %% ../nbs/09_checks.ipynb #57b54130
 @TERM
 def _teacher_is_untouched(case):
     "Neither the teacher's modes, parameters, buffers, hooks nor answers change, in a distiller in training mode."
     d = case.build()
     d.distiller.train()
-    look = lambda: (copy.deepcopy(dict(d.teacher.state_dict())), [m.training for m in d.teacher.modules()], _hooks(d.teacher))
+    modes = lambda: [m.training for m in d.teacher.modules()]
+    look = lambda: (copy.deepcopy(dict(d.teacher.state_dict())), modes(), _hooks(d.teacher))
     with torch.no_grad(): state, answer = look(), d.teacher(d.images)
     assert not any(state[1]), 'the teacher is not in eval mode'
     for _ in range(2): sum(d.run().values()).backward()
     now = look()
-    _close(now[0], state[0], what="the teacher's state")
-    assert now[1] == state[1], f"the teacher's modes changed: {sum(a != b for a, b in zip(now[1], state[1]))} modules are in training mode"
+    assert now[1] == state[1], f"the teacher's modes changed: {sum(now[1])} modules are in training mode"
     assert now[2] == state[2], f'the teacher has {now[2]} hooks; it had {state[2]}'
+    _close(now[0], state[0], what="the teacher's state")
     with torch.no_grad(): _close(d.teacher(d.images), answer, what="the teacher's answers")
 
-# %% ../nbs/09_checks.ipynb #e3974588
+# %% ../nbs/09_checks.ipynb #cb45fcbb
 @TERM
 def _order_of_terms_does_not_matter(case):
     "Before or after another term, the losses are the same bits."
     first, last = case.build(before=0).run(), case.build(before=1).run()
     for name in first: _close(last[name].detach(), first[name].detach(), what=name)
 
+# %% ../nbs/09_checks.ipynb #30dfeb7f
 @TERM
 def _order_of_images_does_not_matter(case):
     "A permuted batch has the same loss."
     d, again = case.build(), case.build()
     order = torch.arange(len(d.labels)).flip(0)
-    _close(again.loss(images=d.images[order], labels=d.labels[order]).item(), d.loss().item(), 1e-10, 'loss')
+    _close(again.loss(order=order).item(), d.loss().item(), 1e-10, 'loss')
 
+# %% ../nbs/09_checks.ipynb #b827a554
 @TERM
 def _weight_is_a_factor(case):
     "Three times the weight is three times the loss."
     _close(case.build(weight=3.).loss().item(), 3 * case.build().loss().item(), 1e-12, 'loss')
 
-# %% ../nbs/09_checks.ipynb #c523bec6
+# %% ../nbs/09_checks.ipynb #458a3ba2
 @TERM
 def _state_dict_is_everything(case):
     "After two steps, the state dict in a fresh distiller gives the next loss, bit for bit."
@@ -1057,6 +1150,7 @@ def _state_dict_is_everything(case):
     fresh.distiller.load_state_dict(d.distiller.state_dict(), strict=True)
     _close(fresh.loss().item(), d.loss().item(), what='the next loss')
 
+# %% ../nbs/09_checks.ipynb #84ad355a
 @TERM
 def _copied_distillers_are_independent(case):
     "A deep copy has the same loss, and its gradients are its own."
@@ -1065,10 +1159,10 @@ def _copied_distillers_are_independent(case):
     losses = d.run(distiller=twin)
     sum(losses.values()).backward()
     assert all(p.grad is None for p in d.distiller.parameters()), "the copy's gradients reached the original"
-    assert all(p.grad is not None for p in twin.student.fc.parameters()) if hasattr(twin.student, 'fc') else True
+    assert any(p.grad is not None for p in twin.parameters()), 'the copy has no gradients'
     _close(losses[d.term.name].detach(), d.loss().detach(), what='loss')
 
-# %% ../nbs/09_checks.ipynb #77c1adf3
+# %% ../nbs/09_checks.ipynb #8993fb56
 @TERM
 def _removal_restores_the_student(case):
     "After a step and remove(), hooks, keys and modules of the student are as before, and its answers too."
@@ -1076,11 +1170,12 @@ def _removal_restores_the_student(case):
     d.distiller.eval()
     d.loss()
     d.distiller.remove()
-    found, expected = (list(m.state_dict()) for m in (d.student, d.bare.student))
+    found, expected = (list(m.state_dict()) for m in (d.student, d.bare))
     assert found == expected, f'keys that changed: {sorted(set(found) ^ set(expected))}'
-    assert _hooks(d.student) == _hooks(d.bare.student), f'{_hooks(d.student)} hooks are left'
-    with torch.no_grad(): _close(d.student(d.images), d.bare.student.eval()(d.images), what='answers')
+    assert _hooks(d.student) == _hooks(d.bare), f'{_hooks(d.student)} hooks are left'
+    with torch.no_grad(): _close(d.student(d.images), d.bare.eval()(d.images), what='answers')
 
+# %% ../nbs/09_checks.ipynb #b9abae7b
 @TERM
 def _works_within_autocast(case):
     "Within bfloat16 autocast the loss is float32, finite, and right to 10 %."
@@ -1089,12 +1184,12 @@ def _works_within_autocast(case):
     assert loss.dtype == torch.float32, f'found a loss of {loss.dtype}; expected float32'
     _close(loss.item(), exact.loss().item(), .1, 'loss')
 
-# %% ../nbs/09_checks.ipynb #08610375
+# %% ../nbs/09_checks.ipynb #0e2a865d
 def term_checks(make: Callable,                        # (student, teacher) -> term
                 student: Callable = classifier,        # () -> network
                 teacher: Callable = partial(classifier, 9), # () -> network
                 batch: Callable = pictures,            # () -> (images, labels)
-               ) -> Iterator[tuple]:                   # (name, callable)
+               ) -> list:                              # of (name, callable)
     "The checks of a term, one by one."
     return TERM.generate(_Distilling(make, student, teacher, batch))
 

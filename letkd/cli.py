@@ -6,21 +6,27 @@
 __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'demo_experiments', 'demo_command', 'demo_figures', 'names',
            'parser', 'main']
 
-# %% ../nbs/25_cli.ipynb #bb58355b
+# %% ../nbs/25_cli.ipynb #d5be1984
 import argparse, sys, time
 from pathlib import Path
 from typing import Optional
 
 from . import __version__
 
-# %% ../nbs/25_cli.ipynb #c7fd8059
+# %% ../nbs/25_cli.ipynb #2762b864
 def _settings(pairs: list) -> dict: # of 'key=value' strings
     "What `--set` was given."
     for pair in pairs:
         if '=' not in pair: raise ValueError(f'--set: found {pair!r}; expected key=value, such as epochs=10')
     return dict(pair.split('=', 1) for pair in pairs)
 
-def run_command(name: str, seed: int = 0, out: str = 'runs', settings: tuple = (), device: Optional[str] = None, quiet: bool = False):
+def run_command(name: str,                    # data set/teacher-student/method, or data set/network
+                seed: int = 0,                # of weights, order and augmentation
+                out: str = 'runs',            # folder of all runs
+                settings: tuple = (),         # of 'key=value' strings
+                device: Optional[str] = None, # None: CUDA where there is one
+                quiet: bool = False,          # no progress
+               ):
     "Run one experiment and print its accuracy and where its record is."
     from letkd.experiments import Experiment, run
     e = Experiment.named(name, seed=seed, **_settings(settings))
@@ -28,8 +34,12 @@ def run_command(name: str, seed: int = 0, out: str = 'runs', settings: tuple = (
     print(f'{e.name} seed {e.seed}: top-1 {record["top1_last"]:.2f} % at the last epoch, {record["top1_best"]:.2f} % at the best '
           f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} s. Record: {Path(out)/e.folder/"record.json"}')
 
-# %% ../nbs/25_cli.ipynb #1b2df0d2
-def table_command(dataset: str, out: str = 'runs', markdown: bool = False, figure: Optional[str] = None):
+# %% ../nbs/25_cli.ipynb #bb37af16
+def table_command(dataset: str,                 # such as 'digit_pairs'
+                  out: str = 'runs',            # folder of the records
+                  markdown: bool = False,       # as Markdown?
+                  figure: Optional[str] = None, # also draw it into this file
+                 ):
     "Print the records of a data set as a table."
     from letkd.experiments import DATASETS, nearest
     from letkd.tables import format_table, plot_table, read_records, summary
@@ -40,7 +50,7 @@ def table_command(dataset: str, out: str = 'runs', markdown: bool = False, figur
     print(format_table(frame, 'markdown' if markdown else 'text'))
     if figure: plot_table(frame).savefig(figure, dpi=150)
 
-# %% ../nbs/25_cli.ipynb #ac74555c
+# %% ../nbs/25_cli.ipynb #f82e86f3
 PAIR = 'digit_pairs/resnet14-resnet8x0.5'
 METHODS = ('student', 'kd', 'quest', 'letkd1', 'letkd2')
 LONG = dict(epochs=30, teacher_epochs=30)
@@ -50,8 +60,13 @@ def demo_experiments(seeds: int = 1, long: bool = False) -> list: # of `Experime
     from letkd.experiments import Experiment
     return [Experiment.named(f'{PAIR}/{method}', seed=seed, **(LONG if long else {})) for seed in range(seeds) for method in METHODS]
 
-# %% ../nbs/25_cli.ipynb #c13fd5eb
-def demo_command(out: str = 'demo', seeds: int = 1, long: bool = False, device: Optional[str] = None, quiet: bool = False):
+# %% ../nbs/25_cli.ipynb #b57df57d
+def demo_command(out: str = 'demo',            # folder of the runs and the figures
+                 seeds: int = 1,               # runs of each method
+                 long: bool = False,           # the longer schedule
+                 device: Optional[str] = None, # None: CUDA where there is one
+                 quiet: bool = False,          # no progress
+                ):
     "Train a teacher and its students on DigitPairs, print what each gained, draw the figures."
     from letkd.experiments import run
     from letkd.tables import format_table, summary
@@ -65,47 +80,55 @@ def demo_command(out: str = 'demo', seeds: int = 1, long: bool = False, device: 
     for line in demo_figures(experiments[-1], records, out, device): print(line)
     print(f'{time.time() - start:.0f} s in all')
 
-# %% ../nbs/25_cli.ipynb #9ed60a3b
+# %% ../nbs/25_cli.ipynb #6d47c216
 def demo_figures(e,             # the `Experiment` of a letKD-2 student, finished
                  records: list, # of all runs, for the learning curves
                  out: str,      # folder of the runs
-                 device: Optional[str] = None,
+                 device: Optional[str] = None, # None: CUDA where there is one
                 ) -> list:      # lines that say where the figures are and what they show
     "Draw what the demo's networks found."
     from letkd import analysis
     from letkd.data.batches import Batches
-    from letkd.experiments import DATASETS, load_run
-    from letkd.taps import stream
-    known, unseen = (DATASETS[e.dataset].load(e, split).subset(slice(3000)) for split in ('train', e.eval_split))
+    from letkd.experiments import load_run
+    known, unseen = (e.load(split).subset(slice(3000)) for split in ('train', e.eval_split))
     distiller, folder = load_run(e, out, device), Path(out)/'figures'
-    terms = {term.name: term for term in distiller.terms}
-    penultimate, intermediate = terms['penultimate'], terms['intermediate']
     on_device = lambda images: Batches(images.to(next(distiller.student.parameters()).device), 500)
-
-    path = f'{penultimate.student_tap}.kd_layer'
-    assigned = [analysis.assignments(distiller.student, path, on_device(images)) for images in (known, unseen)]
-    grid = assigned[0].shape[1:]
-    truth = [analysis.true_parts(images, grid) for images in (known, unseen)]
-    meaning = analysis.meanings(assigned[0], truth[0], penultimate.supervision.num_templates)
-    digit = truth[1] < 10
-    pure, chance = (f(assigned[1][digit], truth[1][digit]) for f in (analysis.purity, analysis.shuffled_purity))
-
-    subclasses, cells = intermediate.supervision, stream(distiller.teacher, intermediate.teacher_tap, on_device(known), intermediate.grid)
-    per_image = intermediate.grid[0] * intermediate.grid[1]
-    typical = analysis.nearest_cells(*analysis.subclass_cells(subclasses, cells), subclasses.num_templates, 4, per_image)
-    mass = analysis.shared_mass(subclasses.transition, known.classes)
     about = dict(samples=(analysis.show_samples(unseen), 'images and their true parts'),
-                 assignments=(analysis.show_assignments(unseen, assigned[1], meaning),
-                              f'templates and parts: purity {pure:.2f} on digit cells, {chance:.2f} shuffled'),
-                 transitions=(analysis.show_transitions(subclasses.transition.cpu(), known, typical, intermediate.grid),
-                              f'{mass["shared"]:.0%} of the mass that leaves a class goes to classes with one digit in the same place, '
-                              f'{mass["chance"]:.0%} by chance'),
+                 assignments=_templates(distiller, known, unseen, on_device),
+                 transitions=_subclasses(distiller, known, on_device),
                  curves=(analysis.learning_curves(records), 'top-1 against epochs'))
     folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, _) in about.items(): figure.savefig(folder/f'{name}.png', dpi=120)
     return [f'{folder/name}.png: {text}' for name, (_, text) in about.items()]
 
-# %% ../nbs/25_cli.ipynb #a97efe6e
+def _term(distiller, name: str): return next(term for term in distiller.terms if term.name == name)
+
+# %% ../nbs/25_cli.ipynb #378e9695
+def _templates(distiller, known, unseen, on_device) -> tuple: # (figure, what it shows)
+    from letkd import analysis
+    term = _term(distiller, 'penultimate')
+    path = f'{term.student_tap}.kd_layer'
+    assigned = [analysis.assignments(distiller.student, path, on_device(images)) for images in (known, unseen)]
+    truth = [analysis.true_parts(images, assigned[0].shape[1:]) for images in (known, unseen)]
+    meaning = analysis.meanings(assigned[0], truth[0], term.supervision.num_templates)
+    digit = truth[1] < 10
+    pure, chance = (f(assigned[1][digit], truth[1][digit]) for f in (analysis.purity, analysis.shuffled_purity))
+    return (analysis.show_assignments(unseen, assigned[1], meaning),
+            f'templates and parts: purity {pure:.2f} on digit cells, {chance:.2f} shuffled')
+
+def _subclasses(distiller, known, on_device) -> tuple: # (figure, what it shows)
+    from letkd import analysis
+    from letkd.taps import stream
+    term = _term(distiller, 'intermediate')
+    found, cells = term.supervision, stream(distiller.teacher, term.teacher_tap, on_device(known), term.grid)
+    own, distance = analysis.subclass_cells(found, cells)
+    typical = analysis.nearest_cells(own, distance, found.num_templates, 4, term.grid[0] * term.grid[1])
+    mass = analysis.shared_mass(found.transition, known.classes)
+    return (analysis.show_transitions(found.transition.cpu(), known, typical, term.grid),
+            f'{mass["shared"]:.0%} of the mass that leaves a class goes to classes with one digit in the same place, '
+            f'{mass["chance"]:.0%} by chance')
+
+# %% ../nbs/25_cli.ipynb #08de6ba3
 def _common(parser, out: str):
     parser.add_argument('--out', default=out, help=f'folder of the results (default: {out})')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
@@ -116,7 +139,7 @@ class _Names(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
         print(names()); parser.exit()
 
-def names() -> str:
+def names() -> str: # many lines
     "Data sets, networks, methods and settings, for people at a prompt."
     from dataclasses import MISSING, fields
     from fastcore.docments import docments
@@ -130,18 +153,16 @@ def names() -> str:
                       'Methods: ce, ' + ', '.join(methods) + ', and sums such as letkd2+kd',
                       'Settings, with the default where the data set has none of its own:', *settings, 'Settings of the methods:', *options])
 
-# %% ../nbs/25_cli.ipynb #6ecd094e
-def parser() -> argparse.ArgumentParser:
-    "The arguments of `letkd`."
-    p = argparse.ArgumentParser('letkd', description='Knowledge distillation layers that let the student decide.')
-    p.add_argument('--version', action='version', version=f'letkd {__version__}')
-    commands = p.add_subparsers(dest='command', required=True, metavar='command')
+# %% ../nbs/25_cli.ipynb #f5ac97d9
+def _demo_arguments(commands):
     demo = commands.add_parser('demo', help='a teacher, five students, a table and figures, in minutes',
                                description='Train a teacher and five students on DigitPairs, print a table, draw figures. '
                                            'Stopped by Ctrl-C, it goes on when called again.')
     demo.add_argument('--seeds', type=int, default=1, help='runs of each method (default: 1)')
     demo.add_argument('--long', action='store_true', help='a longer schedule, the setting in which the comparison is fair; about half an hour')
     _common(demo, 'demo'); demo.set_defaults(call=demo_command)
+
+def _run_arguments(commands):
     run = commands.add_parser('run', help='one experiment', formatter_class=argparse.RawDescriptionHelpFormatter,
                               description='Run one experiment, its teacher first where it is missing. The same command again goes on '
                                           'where it stopped.\nExample: letkd run digit_pairs/resnet56-resnet20/letkd2 --set epochs=10 --set tau=4')
@@ -150,15 +171,25 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
     run.add_argument('--names', nargs=0, action=_Names, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help='list data sets, networks, methods and settings')
     _common(run, 'runs'); run.set_defaults(call=run_command)
+
+def _table_arguments(commands):
     table = commands.add_parser('table', help='the records of a data set as a table', description='Print what was run, mean ± standard deviation (n).')
     table.add_argument('dataset', help='such as digit_pairs')
     table.add_argument('--out', default='runs', help='folder of the records (default: runs)')
     table.add_argument('--markdown', action='store_true', help='as Markdown')
     table.add_argument('--figure', help='also draw it into this file')
     table.set_defaults(call=table_command)
+
+# %% ../nbs/25_cli.ipynb #ababdff3
+def parser() -> argparse.ArgumentParser: # with a subparser for each command, whose `call` is the function above
+    "The arguments of `letkd`."
+    p = argparse.ArgumentParser('letkd', description='Knowledge distillation layers that let the student decide.')
+    p.add_argument('--version', action='version', version=f'letkd {__version__}')
+    commands = p.add_subparsers(dest='command', required=True, metavar='command')
+    for add in (_demo_arguments, _run_arguments, _table_arguments): add(commands)
     return p
 
-# %% ../nbs/25_cli.ipynb #0671fd95
+# %% ../nbs/25_cli.ipynb #e5c07cb6
 def main(args: Optional[list] = None) -> int: # of strings; None: those of the process. Returns the exit code
     "The command `letkd`."
     given = vars(parser().parse_args(args))
@@ -172,6 +203,6 @@ def main(args: Optional[list] = None) -> int: # of strings; None: those of the p
         return 2
     return 0
 
-# %% ../nbs/25_cli.ipynb #41859df5
+# %% ../nbs/25_cli.ipynb #f935e997
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'WEIGHTS', 'Batch', 'Maps', 'Term', 'Distiller', 'CrossEnt
            'SupervisedLayer', 'Setup', 'quest', 'letkd1', 'letkd2', 'kd', 'dkd', 'addends', 'method_options',
            'create_terms']
 
-# %% ../nbs/08_distiller.ipynb #b745b3af
+# %% ../nbs/08_distiller.ipynb #fb365586
 import difflib, inspect
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Optional
@@ -22,7 +22,7 @@ from .prototypes import KMeansPrototypes, Supervision
 from .subclasses import SubClasses
 from .taps import evaluating, capture, grid_of, insert, resolve, rows, stream
 
-# %% ../nbs/08_distiller.ipynb #8b145aaf
+# %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
 class Batch:
     "What the loop hands over."
@@ -40,7 +40,7 @@ class Maps:
     student: dict[str, Tensor] = field(default_factory=dict) # tap: map
     losses: dict[str, Tensor] = field(default_factory=dict)  # tap: loss of the KD layer that stands there
 
-# %% ../nbs/08_distiller.ipynb #31b78402
+# %% ../nbs/08_distiller.ipynb #3b179a10
 class Term(nn.Module):
     "One loss. A method derives from it and writes `forward`; everything else is declared here."
     def __init__(self,
@@ -60,7 +60,7 @@ class Term(nn.Module):
     def forward(self, maps: Maps, batch: Batch) -> Tensor: raise NotImplementedError # scalar, before the weight
     def extra_repr(self) -> str: return f'{self.name}, weight={self.weight:g}'
 
-# %% ../nbs/08_distiller.ipynb #6a5ac561
+# %% ../nbs/08_distiller.ipynb #278c395f
 class Distiller(nn.Module):
     "Runs student and teacher once and returns the student's logits and the weighted losses by name."
     def __init__(self,
@@ -71,16 +71,9 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.terms = student, nn.ModuleList(terms)
         self.__dict__['teacher'] = None if teacher is None else teacher.eval()
-        names = [t.name for t in self.terms]
-        if len(set(names)) < len(names): raise ValueError(f'Distiller: found terms {names}; each needs a name of its own')
         self.needs_teacher = any(t.teacher for t in self.terms)
-        if self.needs_teacher and teacher is None:
-            raise ValueError(f'Distiller: found no teacher; {[t.name for t in self.terms if t.teacher]} need one')
-        for model, taps in ((student, self.taps('student')), (teacher, self.taps('teacher'))):
-            for tap in taps: resolve(model, tap)
-        self.inserted = {}
-        for tap, layer in [item for t in self.terms for item in t.layers.items()]:
-            self.inserted[tap] = insert(student, tap, layer)
+        _check(self)
+        self.inserted = {tap: insert(student, tap, layer) for tap, layer in self._layers().items()}
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
         "The union of what the terms declare, in order."
@@ -90,7 +83,19 @@ class Distiller(nn.Module):
         if self.teacher is not None: self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-# %% ../nbs/08_distiller.ipynb #5acdddae
+# %% ../nbs/08_distiller.ipynb #9c256bf5
+def _check(d: Distiller):
+    "The terms fit together, and to the networks; nothing has been changed yet."
+    names = [t.name for t in d.terms]
+    if len(set(names)) < len(names): raise ValueError(f'Distiller: found terms {names}; each needs a name of its own')
+    if d.needs_teacher and d.teacher is None:
+        raise ValueError(f'Distiller: found no teacher; {[t.name for t in d.terms if t.teacher]} need one')
+    places = [tap for t in d.terms for tap in t.layers]
+    if len(set(places)) < len(places): raise ValueError(f'Distiller: found KD layers at {places}; each place holds one')
+    for tap in [*d.taps('student'), *places]: resolve(d.student, tap)
+    for tap in d.taps('teacher'): resolve(d.teacher, tap)
+
+# %% ../nbs/08_distiller.ipynb #c524914a
 @patch
 def forward(self: Distiller,
             images: Tensor,                 # B x 3 x H x W
@@ -128,13 +133,13 @@ def remove(self: Distiller):
     for handle in self.inserted.values(): handle.remove()
     self.inserted = {}
 
-# %% ../nbs/08_distiller.ipynb #1e429781
+# %% ../nbs/08_distiller.ipynb #66f5ff30
 class CrossEntropy(Term):
     "Cross-entropy with the labels; what every method adds to."
     def __init__(self, weight: float = 1.): super().__init__('ce', weight, teacher=False) # factor in the total loss
     def forward(self, maps: Maps, batch: Batch) -> Tensor: return F.cross_entropy(maps.student_logits, batch.labels)
 
-# %% ../nbs/08_distiller.ipynb #b16aad27
+# %% ../nbs/08_distiller.ipynb #78a10e8e
 def soften(maps: Maps, temperature: float) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
     "Log-probabilities of teacher and student at a temperature."
     s, t = maps.student_logits, maps.teacher_logits
@@ -152,7 +157,7 @@ class KD(Term):
         t, s = soften(maps, self.temperature)
         return self.temperature ** 2 * F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-# %% ../nbs/08_distiller.ipynb #7d6d035a
+# %% ../nbs/08_distiller.ipynb #756a357f
 def decoupled(log_t: Tensor,  # B x Y, log p_t
               log_s: Tensor,  # B x Y, log p_s
               labels: Tensor, # B
@@ -179,7 +184,7 @@ class DKD(Term):
         grown = min(batch.progress / self.warmup, 1.) if self.warmup else 1.
         return grown * self.temperature ** 2 * (self.alpha * tckd + self.beta * nckd).mean()
 
-# %% ../nbs/08_distiller.ipynb #e4275134
+# %% ../nbs/08_distiller.ipynb #1121e8a1
 class SupervisedLayer(Term):
     "A KD layer in the student, taught by the teacher's rows; the term of QuEST, letKD-1 and letKD-2."
     def __init__(self,
@@ -202,53 +207,84 @@ class SupervisedLayer(Term):
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor: return maps.losses[self.student_tap]
 
-# %% ../nbs/08_distiller.ipynb #78952e38
+# %% ../nbs/08_distiller.ipynb #112c790f
 @dataclass
 class Setup:
     "What a method is built for."
-    student: nn.Module
-    teacher: Optional[nn.Module]
-    batches: Iterable         # re-iterable of (images, labels, ...): the training set, not augmented
+    student: nn.Module            # any classifier
+    teacher: Optional[nn.Module]  # any classifier
+    batches: Iterable             # re-iterable of (images, labels, ...): the training set, not augmented
     penultimate: tuple = ('layer3', 'layer3')      # (student's tap, teacher's tap) of the last feature map
     intermediate: tuple = ('layer3.0', 'layer3.0') # the same, after the first block of the last stage
     fit: Callable = lambda supervision, rows: supervision.fit(rows) # how to fit a supervision on a stream of rows, from a cache say
 
-    def shape(self, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
-        "Found by showing two images to a network in eval mode."
-        model, images = getattr(self, side), next(iter(self.batches))[0][:2]
-        with evaluating(model), capture(model, [tap]) as maps: model(images)
-        return rows(maps[tap]).shape[1], grid_of(maps[tap])
+# %% ../nbs/08_distiller.ipynb #4067f49c
+@patch
+def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
+    "Found by showing two images to a network in eval mode."
+    model, images = getattr(self, side), next(iter(self.batches))[0][:2]
+    with evaluating(model), capture(model, [tap]) as maps: model(images)
+    return rows(maps[tap]).shape[1], grid_of(maps[tap])
 
-    def layer(self, name: str, taps: tuple, supervision: Supervision, alpha: float) -> SupervisedLayer:
-        "Fit a supervision at a pair of taps and build the layer that it teaches."
-        channels, grid = self.shape('student', taps[0])
-        supervision = self.fit(supervision, stream(self.teacher, taps[1], self.batches, grid))
-        return SupervisedLayer(name, *taps, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
+@patch
+def layer(self: Setup,
+          name: str,                # of the loss
+          taps: tuple,              # (student's tap, teacher's tap)
+          supervision: Supervision, # not fitted yet
+          alpha: float,             # weight of the embedding
+         ) -> SupervisedLayer:
+    "Fit a supervision at a pair of taps and build the layer that it teaches."
+    channels, grid = self.shape('student', taps[0])
+    supervision = self.fit(supervision, stream(self.teacher, taps[1], self.batches, grid))
+    return SupervisedLayer(name, *taps, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
 
-# %% ../nbs/08_distiller.ipynb #3f2782fa
-def quest(setup: Setup, num_prototypes: int = 4096, tau: float = 1., alpha_penultimate: float = 0.) -> list:
+# %% ../nbs/08_distiller.ipynb #81df4d8c
+def quest(setup: Setup,                  # what it is built for
+          num_prototypes: int = 4096,    # K
+          tau: float = 1.,               # temperature of the prototypes
+          alpha_penultimate: float = 0., # 0: supervision alone
+         ) -> list:                      # of terms
     "Prototypes supervise the penultimate map through a KD layer without a transform [@jain2020quest]."
     return [setup.layer('penultimate', setup.penultimate, KMeansPrototypes(num_prototypes, tau), alpha_penultimate)]
 
-def letkd1(setup: Setup, num_prototypes: int = 4096, tau: float = 1., alpha_penultimate: float = 1.) -> list:
+def letkd1(setup: Setup,                  # what it is built for
+           num_prototypes: int = 4096,    # K
+           tau: float = 1.,               # temperature of the prototypes
+           alpha_penultimate: float = 1., # weight of the embedding
+          ) -> list:                      # of terms
     "The KD layer at the penultimate map [@gorgun2023letkd]."
     return quest(setup, num_prototypes, tau, alpha_penultimate)
 
-def letkd2(setup: Setup, num_prototypes: int = 4096, tau: float = 1., alpha_penultimate: float = 1., alpha_intermediate: float = 1.,
-           num_dims: int = 60, per_class: int = 8) -> list:
+# %% ../nbs/08_distiller.ipynb #6aa152ff
+def letkd2(setup: Setup,                   # what it is built for
+           num_prototypes: int = 4096,     # K of the penultimate layer
+           tau: float = 1.,                # temperature of the prototypes
+           alpha_penultimate: float = 1.,  # weight of the embedding at the penultimate map
+           alpha_intermediate: float = 1., # and at the intermediate one
+           num_dims: int = 60,             # dimensions that LDA keeps
+           per_class: int = 8,             # sub-classes in each class
+          ) -> list:                       # of terms
     "letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes [@gorgun2023letkd]."
     inner = setup.layer('intermediate', setup.intermediate, SubClasses(num_dims, per_class), alpha_intermediate)
     return [inner, *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
 
-def kd(setup: Setup, temperature: float = 4.) -> list:
+# %% ../nbs/08_distiller.ipynb #4a8f78a1
+def kd(setup: Setup,            # what it is built for
+       temperature: float = 4., # T
+      ) -> list:                # of terms
     "Softened logits [@hinton2015kd]."
     return [KD(temperature=temperature)]
 
-def dkd(setup: Setup, dkd_alpha: float = 1., dkd_beta: float = 8., temperature: float = 4., warmup: float = 20 / 240) -> list:
+def dkd(setup: Setup,             # what it is built for
+        dkd_alpha: float = 1.,    # weight of TCKD
+        dkd_beta: float = 8.,     # weight of NCKD
+        temperature: float = 4.,  # T
+        warmup: float = 20 / 240, # share of the training in which its weight grows
+       ) -> list:                 # of terms
     "Decoupled KD [@zhao2022dkd]."
     return [DKD(dkd_alpha, dkd_beta, temperature, warmup)]
 
-# %% ../nbs/08_distiller.ipynb #43dca7ef
+# %% ../nbs/08_distiller.ipynb #a667c53d
 METHODS = dict(kd=kd, dkd=dkd, quest=quest, letkd1=letkd1, letkd2=letkd2)  # what may stand in a sum, by name
 WEIGHTS = dict(kd=(.1, .9))  # (cross-entropy, method) of methods that stand alone with weights other than 1
 
@@ -267,7 +303,7 @@ def method_options(method: str) -> dict: # {name: default}
     "What can be set for a method: the arguments of its parts."
     return {p.name: p.default for part in addends(method) for p in inspect.signature(part).parameters.values() if p.name != 'setup'}
 
-# %% ../nbs/08_distiller.ipynb #a816a957
+# %% ../nbs/08_distiller.ipynb #b25fcf9e
 def create_terms(method: str,              # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', or a sum of them
                  student: nn.Module,       # any classifier
                  teacher: Optional[nn.Module], # any classifier of the same classes
@@ -281,10 +317,8 @@ def create_terms(method: str,              # 'ce', 'kd', 'dkd', 'quest', 'letkd1
     known = method_options(method)
     if unknown := set(options) - set(known):
         raise ValueError(f'method {method!r}: found options {sorted(unknown)}; it has {sorted(known) or "none"}')
-    setup = Setup(student, teacher, batches, penultimate, intermediate, fit)
-    ce, weight = WEIGHTS.get(method, (1., 1.))
-    terms = [CrossEntropy(ce)]
-    for part in addends(method):
-        terms += part(setup, **{k: v for k, v in options.items() if k in inspect.signature(part).parameters})
-    for term in terms[1:]: term.weight *= weight
-    return terms
+    setup, (ce, weight) = Setup(student, teacher, batches, penultimate, intermediate, fit), WEIGHTS.get(method, (1., 1.))
+    chosen = lambda part: {k: v for k, v in options.items() if k in inspect.signature(part).parameters}
+    terms = [term for part in addends(method) for term in part(setup, **chosen(part))]
+    for term in terms: term.weight *= weight
+    return [CrossEntropy(ce), *terms]

@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'DataSet', 'Experiment', 'nearest', 'digest', 'file_hash', 'save_module', 'cached', 'environment',
            'prepare', 'run', 'load_run', 'read_record']
 
-# %% ../nbs/21_experiments.ipynb #c390e47e
+# %% ../nbs/21_experiments.ipynb #7b89eebb
 import ast, difflib, hashlib, json, platform, subprocess, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,12 +25,12 @@ from .matching import perplexity
 from .models import create_model
 from .training import Training, atomic, train, write_text
 
-# %% ../nbs/21_experiments.ipynb #17113f25
+# %% ../nbs/21_experiments.ipynb #a3d5c849
 @dataclass(frozen=True)
 class DataSet:
     "How to load a split, and the recipe of the field: values for the fields of an `Experiment`."
-    load: Callable # (experiment, split) -> Images
-    recipe: dict
+    load: Callable     # (experiment, split) -> Images
+    recipe: dict       # {field of `Experiment`: value}
     flip: bool = False # does a mirrored image keep its class?
 
 def _digit_pairs(e, split: str):
@@ -38,13 +38,13 @@ def _digit_pairs(e, split: str):
     return digit_pairs(split, size, resolution=e.resolution, difficulty=e.difficulty, preset='paper' if e.dataset.endswith('paper') else 'demo')
 
 DATASETS = {
-    'digit_pairs': DataSet(_digit_pairs, dict(epochs=6, teacher_epochs=12, batch_size=128, lr=.1, schedule='one-cycle',
+    'digit_pairs': DataSet(_digit_pairs, dict(epochs=8, teacher_epochs=12, batch_size=64, lr=.1, schedule='one-cycle',
                                               train_size=20_000, resolution=16, augment=False,
                                               options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32)),
 }
 
-# %% ../nbs/21_experiments.ipynb #44423636
+# %% ../nbs/21_experiments.ipynb #082f76e7
 @dataclass(frozen=True)
 class Experiment:
     "One training run: what is compared, and with which settings."
@@ -53,9 +53,9 @@ class Experiment:
     teacher: Optional[str] = None  # the same; None: the student is trained alone
     method: str = 'ce'             # a row's name, see `letkd.distiller.METHODS`
     seed: int = 0                  # of the student's weights, the order of the images and their augmentation
-    epochs: int = 240
-    batch_size: int = 64
-    lr: float = .05
+    epochs: int = 240              # passes over the training images
+    batch_size: int = 64           # images in a step; the last incomplete batch is dropped
+    lr: float = .05                # the largest learning rate
     schedule: str = 'step'         # or 'one-cycle'
     milestones: tuple = (.625, .75, .875) # shares of the epochs at which 'step' divides by ten
     momentum: float = .9           # Nesterov
@@ -66,16 +66,16 @@ class Experiment:
     resolution: Optional[int] = None # pixels; None: the data set's own
     difficulty: float = 1.         # of DigitPairs
     eval_split: str = 'test'       # what is evaluated after each epoch; 'valid' for choosing settings
-    teacher_seed: int = 0
-    teacher_epochs: int = 240
+    teacher_seed: int = 0            # of the teacher's own run
+    teacher_epochs: int = 240        # of the teacher's own run
     teacher_checkpoint: Optional[str] = None # a file for `create_model`; None: train the teacher
     penultimate: tuple = ('layer3', 'layer3')       # (student's tap, teacher's tap)
-    intermediate: tuple = ('layer3.0', 'layer3.0')
+    intermediate: tuple = ('layer3.0', 'layer3.0')  # the same, one block earlier
     options: dict = field(default_factory=dict, hash=False) # of the method, see `letkd.distiller.method_options`
 
     def __post_init__(self): _check(self)
 
-# %% ../nbs/21_experiments.ipynb #d6eba5a5
+# %% ../nbs/21_experiments.ipynb #915ebdae
 def nearest(kind: str, name: str, known) -> ValueError: # what is named; the unknown name; the known ones
     "The error for a slip in a name: it lists what is like it."
     near = difflib.get_close_matches(str(name), list(known), n=4, cutoff=.5)
@@ -93,7 +93,7 @@ def _check(e: Experiment):
     for key in ('epochs', 'batch_size', 'teacher_epochs'):
         if getattr(e, key) < 1: raise ValueError(f'{key}: found {getattr(e, key)}; expected at least 1')
 
-# %% ../nbs/21_experiments.ipynb #1a1ce011
+# %% ../nbs/21_experiments.ipynb #d84457a3
 @patch(cls_method=True)
 def named(cls: Experiment,
           name: str,      # 'data set/teacher-student/method' or 'data set/network'
@@ -113,7 +113,7 @@ def _parts(name: str) -> list:
         raise ValueError(f"experiment: found {name!r}; expected a name such as 'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
     return parts if len(parts) == 3 else [*parts, 'ce']
 
-# %% ../nbs/21_experiments.ipynb #caf5ed33
+# %% ../nbs/21_experiments.ipynb #fed6d481
 def _settings(dataset: str, method: str, given: dict) -> dict: # fields and `options`: the recipe, then what is given
     recipe, known = DATASETS[dataset].recipe, method_options(method)
     options = known | {k: v for k, v in recipe.get('options', {}).items() if k in known}
@@ -136,8 +136,13 @@ def _read(key: str, text, default): # a string from the command line, or a value
         raise ValueError(f'{key}: found {text!r}; expected {type(default).__name__}, such as {default!r}')
     return value
 
-# %% ../nbs/21_experiments.ipynb #a874dd08
+# %% ../nbs/21_experiments.ipynb #aec20c0d
 _DATA = ('train_size', 'resolution', 'difficulty', 'eval_split', 'amp')  # settings that teacher and student share
+
+@patch
+def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `Images`, on the CPU
+    "A split of the data set, as this experiment wants it."
+    return DATASETS[self.dataset].load(self, split)
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
@@ -155,16 +160,18 @@ def folder(self: Experiment) -> str: # below `out`: the name, the seed, and a di
     return f'{self.name}/seed{self.seed}' + (f'-{digest(self.changed)[:8]}' if self.changed else '')
 
 def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digits
+    "SHA-256 of a value's JSON, keys sorted."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/21_experiments.ipynb #4bc6fe92
+# %% ../nbs/21_experiments.ipynb #75bb6d50
 @patch
 def of_teacher(self: Experiment) -> Experiment: # the run whose network is this one's teacher
     shared = {key: getattr(self, key) for key in _DATA}
     return Experiment.named(f'{self.dataset}/{self.teacher}', seed=self.teacher_seed, epochs=self.teacher_epochs, **shared)
 
-# %% ../nbs/21_experiments.ipynb #e58bd457
-def file_hash(path) -> str: # sha256 of a file's bytes, 64 hexadecimal digits
+# %% ../nbs/21_experiments.ipynb #8a94c593
+def file_hash(path) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file's bytes."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
@@ -185,7 +192,7 @@ def cached(folder,            # where fitted modules are kept
         save_module(module, path, key=json.dumps(key))
     return module
 
-# %% ../nbs/21_experiments.ipynb #291dd410
+# %% ../nbs/21_experiments.ipynb #8c00a7c9
 def environment(device: torch.device) -> dict: # what a number depends on besides the settings
     "Versions, machine and commit."
     import numpy, sklearn, torchvision
@@ -207,7 +214,7 @@ def _commit() -> dict:
         return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
-# %% ../nbs/21_experiments.ipynb #6eff2bfe
+# %% ../nbs/21_experiments.ipynb #ede61eb8
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
     last, best = training.history[-1], max(training.history, key=lambda r: r['top1'])
     student = training.distiller.student
@@ -219,15 +226,15 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 curve=[round(r['top1'], 3) for r in training.history], time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
-# %% ../nbs/21_experiments.ipynb #78b1c1c1
-def prepare(e: Experiment,
+# %% ../nbs/21_experiments.ipynb #f09112b9
+def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
             quiet: bool = False,          # no progress, should a teacher have to be trained
            ) -> tuple:                    # (Training, training images as `Batches` in order, what the record says of the teacher)
     "Everything a run needs, before its first step. Draws from the global generator."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    images, entry = _load(e, 'train').to(device), DATASETS[e.dataset]
+    images, entry = e.load('train').to(device), DATASETS[e.dataset]
     teacher, made = _teacher(e, out, device, quiet)
     torch.manual_seed(e.seed)
     student, plain = create_model(e.student, len(images.classes)).to(device), Batches(images, 500)
@@ -237,10 +244,8 @@ def prepare(e: Experiment,
                         e.momentum, e.weight_decay, e.amp)
     return training, plain, made
 
-def _load(e: Experiment, split: str): return DATASETS[e.dataset].load(e, split) # Images, on the CPU
-
-# %% ../nbs/21_experiments.ipynb #522602ef
-def run(e: Experiment,
+# %% ../nbs/21_experiments.ipynb #3c5e16ce
+def run(e: Experiment,                # what to run
         out = 'runs',                 # folder of all runs
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
@@ -252,12 +257,13 @@ def run(e: Experiment,
         training, plain, made = prepare(e, out, device, quiet)
         perplexities = _perplexities(training.distiller, plain)
         write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
-        train(training, folder, Batches(_load(e, e.eval_split).to(training.device), 500), f'{e.name} seed {e.seed}', quiet)
+        train(training, folder, Batches(e.load(e.eval_split).to(training.device), 500), f'{e.name} seed {e.seed}', quiet)
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
     record = _record(e, training, perplexities, made)
     write_text(folder/'record.json', json.dumps(record, indent=1) + '\n')
     return read_record(folder/'record.json')
 
+# %% ../nbs/21_experiments.ipynb #175d72d9
 def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Distiller: # a run that is done; where; on what
     "The distiller of a finished run: the trained student with its KD layers, the teacher, the fitted supervisions."
     path = Path(out)/e.folder/'student.safetensors'
@@ -267,14 +273,14 @@ def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Disti
     training.distiller.student.load_state_dict(load_file(path))
     return training.distiller.eval()
 
-# %% ../nbs/21_experiments.ipynb #22bae2bd
+# %% ../nbs/21_experiments.ipynb #d0e21649
 def _teacher(e: Experiment, out, device, quiet) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
         record = run(e.of_teacher(), out, str(device), quiet)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
-    classes = len(_load(replace(e, train_size=1), 'train').classes)
+    classes = len(replace(e, train_size=1).load('train').classes)
     teacher = create_model(e.teacher, classes, checkpoint=path).to(device).eval()
     return teacher, dict(teacher_hash=file_hash(path), teacher_top1=record.get('top1_last'))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KDLayer', 'supervised', 'FoldedKDLayer', 'folded']
 
-# %% ../nbs/04_layer.ipynb #ffd85b08
+# %% ../nbs/04_layer.ipynb #f5142d14
 import copy
 from contextlib import contextmanager
 from typing import Iterator
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .matching import kd_layer, matching_scores, precise, unit
 
-# %% ../nbs/04_layer.ipynb #cee2c100
+# %% ../nbs/04_layer.ipynb #d118a9f7
 class _ScoreNorm(nn.BatchNorm1d):
     "Batch normalisation of N x K scores in their own precision, whatever the type of its parameters."
     def forward(self, s: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class _ScoreNorm(nn.BatchNorm1d):
             self.running_mean.copy_(stats[0]); self.running_var.copy_(stats[1]); self.num_batches_tracked.add_(1)
         return out
 
-# %% ../nbs/04_layer.ipynb #cf756c14
+# %% ../nbs/04_layer.ipynb #0fc872dc
 class KDLayer(nn.Module):
     "The knowledge distillation layer of letKD: template matching that a teacher can supervise, as a residual layer."
     def __init__(self,
@@ -48,7 +48,7 @@ class KDLayer(nn.Module):
         self._supervision = None
         self.reset_parameters()
 
-# %% ../nbs/04_layer.ipynb #2c304385
+# %% ../nbs/04_layer.ipynb #88961843
 @patch
 def reset_parameters(self: KDLayer):
     "Draw both weights from N(0, 2/C_in); the scales and the batch normalisation as they start."
@@ -62,7 +62,7 @@ def reset_parameters(self: KDLayer):
 @patch
 def extra_repr(self: KDLayer) -> str: return f'channels={self.channels}, templates={len(self.templates)}, alpha={self.alpha:g}'
 
-# %% ../nbs/04_layer.ipynb #9f7696ea
+# %% ../nbs/04_layer.ipynb #6c8ba3c9
 @patch
 def _last(self: KDLayer, x: Tensor) -> Tensor:
     "`x` with its channels last, or the error that says what was found."
@@ -78,7 +78,7 @@ def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layo
     out = out.movedim(-1, 1) if x.ndim == 4 else out
     return out.contiguous() if x.is_contiguous() else out
 
-# %% ../nbs/04_layer.ipynb #32c8f8c4
+# %% ../nbs/04_layer.ipynb #b88ad91f
 @patch
 def forward(self: KDLayer,
             x: Tensor,     # B x C x H x W or B x N x C
@@ -93,7 +93,7 @@ def forward(self: KDLayer,
     out = x if self.alpha == 0 else _like(out, last, x)
     return out if target is None else (out, loss)
 
-# %% ../nbs/04_layer.ipynb #aa5168c7
+# %% ../nbs/04_layer.ipynb #d546e6ff
 class _Supervision:
     "What a layer holds inside `with supervised(...)`: its target, and where its loss goes."
     def __init__(self, target, losses: dict): self.target, self.losses = target, losses
@@ -118,7 +118,7 @@ def supervised(targets: dict) -> Iterator[dict]: # {layer: its loss}, filled whi
     finally:
         for layer in targets: layer._supervision = None
 
-# %% ../nbs/04_layer.ipynb #0aceda8d
+# %% ../nbs/04_layer.ipynb #8eeee9b0
 @patch
 def scores(self: KDLayer, x: Tensor) -> Tensor: # S as a map B x K x H x W, or B x N x K for tokens
     "Scaled cosines of every pixel with every template."
@@ -133,7 +133,7 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
     s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
     return _like(F.relu(self.norm(s)), last, x)
 
-# %% ../nbs/04_layer.ipynb #2ce4b3fd
+# %% ../nbs/04_layer.ipynb #404f34cd
 class FoldedKDLayer(nn.Module):
     "Inference form of a `KDLayer`: two products, BN folded and weights normalised once (@eq-fold)."
     def __init__(self, weight: Tensor, bias: Tensor, semantics: Tensor): # W' K x C, b' K, V' C x K
@@ -146,7 +146,7 @@ class FoldedKDLayer(nn.Module):
         a = F.relu(F.linear(unit(last), precise(self.weight), precise(self.bias)))
         return _like((last + F.linear(unit(a), precise(self.semantics))).to(x.dtype), last, x)
 
-# %% ../nbs/04_layer.ipynb #09f25d21
+# %% ../nbs/04_layer.ipynb #6c2afa04
 @patch
 def fold(self: KDLayer) -> nn.Module: # a `FoldedKDLayer`, or an identity where alpha = 0
     "The inference form; equals eval mode, and has no training left in it."
@@ -155,7 +155,7 @@ def fold(self: KDLayer) -> nn.Module: # a `FoldedKDLayer`, or an identity where 
     return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates), self.norm.bias - gain * self.norm.running_mean,
                          self.alpha * self.value_scale * unit(self.semantics))
 
-# %% ../nbs/04_layer.ipynb #4ff3bb32
+# %% ../nbs/04_layer.ipynb #2a680639
 def folded(model: nn.Module # any network, with KD layers anywhere in it
           ) -> nn.Module:   # a copy in eval mode, each KD layer in its inference form
     "What to ship: a copy of a network without anything that only training needs."

@@ -6,7 +6,7 @@
 __all__ = ['precise', 'unit', 'DenseTarget', 'PrototypeTarget', 'TableTarget', 'perplexity', 'matching_scores', 'kd_loss',
            'kd_layer']
 
-# %% ../nbs/02_matching.ipynb #3598fae0
+# %% ../nbs/02_matching.ipynb #716d7570
 from dataclasses import dataclass, fields, replace
 from typing import Callable, Optional, Union
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-# %% ../nbs/02_matching.ipynb #d3aa839d
+# %% ../nbs/02_matching.ipynb #0d351312
 def precise(x: Tensor) -> Tensor: # `x` in float32, or unchanged where it is float32 or float64
     "Normalisation, softmax and statistics are computed in float32 at least, on every device."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -26,7 +26,7 @@ def unit(x: Tensor # ... x C vectors
     length = x.norm(dim=-1, keepdim=True)
     return x / length.masked_fill(length == 0, 1)
 
-# %% ../nbs/02_matching.ipynb #1ab42573
+# %% ../nbs/02_matching.ipynb #610ca045
 class _Target:
     "What the three targets share: moving, and the error for shapes that do not fit."
     def to(self, device: Union[str, torch.device]): # the same target on `device`
@@ -45,7 +45,7 @@ class DenseTarget(_Target):
     def shape(self) -> tuple: return tuple(self.probs.shape)
     def tile(self, i: int, j: int) -> Tensor: return self.probs[i:j]
 
-# %% ../nbs/02_matching.ipynb #9c62ac66
+# %% ../nbs/02_matching.ipynb #481f55de
 @dataclass(frozen=True)
 class PrototypeTarget(_Target):
     "Soft assignment of the teacher's rows to prototypes (@eq-prototypes)."
@@ -59,13 +59,14 @@ class PrototypeTarget(_Target):
         self._require(self.tau > 0, f'tau = {self.tau}', 'a positive temperature')
     @property
     def shape(self) -> tuple: return len(self.rows), len(self.prototypes)
-    def tile(self, i: int, j: int) -> Tensor:
+    def tile(self, i: int, j: int) -> Tensor: # (j - i) x K
+        "Rows i to j, dense."
         t, c = precise(self.rows[i:j]), precise(self.prototypes)
         dtype = torch.promote_types(t.dtype, c.dtype)
         with torch.autocast(t.device.type, enabled=False):  # a product in half precision would move the softmax
             return F.softmax((2 * t.to(dtype) @ c.to(dtype).T - c.to(dtype).square().sum(1)) / self.tau, dim=1)
 
-# %% ../nbs/02_matching.ipynb #257e65b8
+# %% ../nbs/02_matching.ipynb #bca16551
 @dataclass(frozen=True)
 class TableTarget(_Target):
     "Each pixel points at a row of a table of probabilities."
@@ -80,7 +81,7 @@ class TableTarget(_Target):
     def shape(self) -> tuple: return len(self.index), self.table.shape[1]
     def tile(self, i: int, j: int) -> Tensor: return self.table[self.index[i:j]]
 
-# %% ../nbs/02_matching.ipynb #9d35b2c4
+# %% ../nbs/02_matching.ipynb #473e95e8
 def perplexity(target: _Target,  # any target
                tile: int = 4096, # rows held at a time
               ) -> float:        # from 1 (one-hot) to K (uniform)
@@ -90,7 +91,7 @@ def perplexity(target: _Target,  # any target
     p = (precise(target.tile(i, min(i + tile, n))) for i in range(0, n, tile))
     return (sum(torch.special.entr(q).sum() for q in p) / n).exp().item()
 
-# %% ../nbs/02_matching.ipynb #c69b0218
+# %% ../nbs/02_matching.ipynb #ccb113dc
 def matching_scores(x: Tensor,         # N x C pixels
                     templates: Tensor, # K x C
                     scale: Tensor,     # g, a scalar
@@ -109,7 +110,7 @@ def kd_loss(scores: Tensor,  # N x K, S
                          'give the layer as many templates as the supervision has')
     return F.kl_div(F.log_softmax(scores, dim=1), target.tile(0, n), reduction='sum') / max(n, 1)
 
-# %% ../nbs/02_matching.ipynb #55e6a8ae
+# %% ../nbs/02_matching.ipynb #32810a13
 def kd_layer(x: Tensor,                      # N x C pixels of the student
              templates: Tensor,              # K x C, weight of the first 1x1
              semantics: Optional[Tensor],    # C x K, weight of the second 1x1; unused where alpha = 0

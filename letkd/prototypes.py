@@ -22,19 +22,19 @@ from tqdm import tqdm
 
 from .matching import DenseTarget, PrototypeTarget, perplexity, precise
 
-# %% ../nbs/06_prototypes.ipynb #ab24e42e
+# %% ../nbs/06_prototypes.ipynb #a01a70bb
 def _check_rows(rows: Tensor, channels: Optional[int], where: str):
     "Rows are N x C numbers, and C does not change."
     if not (isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point()):
-        found = f'{rows.dtype} of shape {tuple(rows.shape)}' if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f'{where}: found {found}; expected rows, N x C floating-point numbers (letkd.taps.rows makes them)')
+        found = f'{rows.dtype} {tuple(rows.shape)}' if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f'{where}: found {found}; expected rows, N x C floating-point numbers (see letkd.taps.rows)')
     if channels is not None and rows.shape[1] != channels:
         raise ValueError(f'{where}: found rows of {rows.shape[1]} channels; expected {channels}')
 
 def _check_labels(labels: Tensor, n: int, classes: Optional[int], where: str):
     "Labels are n integers from 0 to classes - 1."
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        found = f'{labels.dtype} of shape {tuple(labels.shape)}' if isinstance(labels, Tensor) else type(labels).__name__
+        found = f'{labels.dtype} {tuple(labels.shape)}' if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f'{where}: found labels {found}; expected a vector of {n} integers, one for each row')
     if len(labels) != n: raise ValueError(f'{where}: found {len(labels)} labels; expected {n}, one for each row')
     if n and labels.device.type == 'cpu':  # elsewhere looking would make the device wait; indexing raises there
@@ -43,7 +43,7 @@ def _check_labels(labels: Tensor, n: int, classes: Optional[int], where: str):
         if classes is not None and high >= classes:
             raise ValueError(f'{where}: found label {high}; expected labels below {classes}, the number of classes')
 
-# %% ../nbs/06_prototypes.ipynb #eb7dc6e8
+# %% ../nbs/06_prototypes.ipynb #f899222b
 def checked(stream: Iterable,              # pairs of rows (N x C, any device) and labels (N integers)
             labelled: bool = False,        # are the labels needed?
             classes: Optional[int] = None, # number of classes, where it is known
@@ -61,8 +61,9 @@ def checked(stream: Iterable,              # pairs of rows (N x C, any device) a
         channels, total = rows.shape[1], total + len(rows)
         rows = precise(rows.detach().cpu())
         if bad := int((~rows.isfinite()).any(1).sum()):
-            raise ValueError(f'{where}: found {bad} rows with NaN or infinity among {len(rows)}; expected finite numbers')
-        if labelled: _check_labels(labels := labels.cpu() if isinstance(labels, Tensor) else labels, len(rows), classes, where)
+            raise ValueError(f'{where}: found {bad} of {len(rows)} rows with NaN or infinity; expected finite numbers')
+        if isinstance(labels, Tensor): labels = labels.cpu()
+        if labelled: _check_labels(labels, len(rows), classes, where)
         yield (rows, labels.long()) if labelled else (rows,)
     if not total: raise ValueError('the stream: found 0 rows; expected some. Is it an iterator that was used up?')
 
@@ -182,7 +183,7 @@ class Supervision(nn.Module):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
         if found: missing.extend(prefix + name for name in self._buffers if name not in found)
 
-# %% ../nbs/06_prototypes.ipynb #95dc85b3
+# %% ../nbs/06_prototypes.ipynb #56be68e8
 class KMeansPrototypes(Supervision):
     "Soft assignment to the K-means centres of all pixels of the training set (@eq-prototypes)."
     def __init__(self,
@@ -193,7 +194,8 @@ class KMeansPrototypes(Supervision):
                  memory: int = 2**30,        # bytes of float32 rows to hold; beyond it K-means sees a uniform sample
                 ):
         super().__init__('prototypes', 'inertia')
-        self.num_prototypes, self.tau, self.max_iter, self.seed, self.memory = num_prototypes, tau, max_iter, seed, memory
+        self.num_prototypes, self.tau = num_prototypes, tau
+        self.max_iter, self.seed, self.memory = max_iter, seed, memory
 
     @property
     def num_templates(self) -> int: return self.num_prototypes
@@ -216,10 +218,11 @@ class KMeansPrototypes(Supervision):
 
     def _conflict(self, found: dict) -> str:
         k = len(found['prototypes'])
-        return '' if k == self.num_prototypes else f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
+        if k == self.num_prototypes: return ''
+        return f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
 
-# %% ../nbs/06_prototypes.ipynb #7e64ef5f
-def tau_for_perplexity(target: Callable,   # a target for a temperature, such as `lambda tau: PrototypeTarget(rows, prototypes, tau)`
+# %% ../nbs/06_prototypes.ipynb #a97a2bbd
+def tau_for_perplexity(target: Callable,   # temperature -> target: `lambda tau: PrototypeTarget(rows, prototypes, tau)`
                        wanted: float,      # perplexity, between 1 and K
                        low: float = 1e-6,  # smallest temperature considered
                        high: float = 1e6,  # largest
@@ -236,11 +239,11 @@ def tau_for_perplexity(target: Callable,   # a target for a temperature, such as
         else: high = middle
     return (low * high)**.5
 
-# %% ../nbs/06_prototypes.ipynb #643b33fb
+# %% ../nbs/06_prototypes.ipynb #cc57ba5a
 class KernelPrototypes(Supervision):
     "Softmax over the channels of a convolution's response before its batch normalisation (@eq-kernels)."
     def __init__(self,
-                 tau: float = .25,     # temperature, in standard deviations of the responses; free to change after `fit`
+                 tau: float = .25,     # temperature, in units of sigma; free to change after `fit`
                  whiten: bool = False, # each channel to mean 0 and variance 1, instead of one common scale
                 ):
         super().__init__('mean', 'std')
@@ -265,7 +268,7 @@ class KernelPrototypes(Supervision):
         return self
 
     @torch.no_grad()
-    def target(self, rows: Tensor, labels: Optional[Tensor] = None) -> DenseTarget: # N x K responses; labels are not needed
+    def target(self, rows: Tensor, labels: Optional[Tensor] = None) -> DenseTarget: # N x K responses; no labels needed
         self._fitted(rows, None if self.mean is None else len(self.mean))
         return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau), dim=1))
 

@@ -88,14 +88,16 @@ def split_classes(z: Tensor,           # N x d
         prototypes.append(kmeans(own, per_class, max_iter, seed)[0].float())
     return torch.cat(prototypes)
 
-# %% ../nbs/07_subclasses.ipynb #221fb19c
+# %% ../nbs/07_subclasses.ipynb #b8875f52
 def _project(rows: Tensor, mean: Tensor, projection: Tensor) -> Tensor: # N x C, C, C x d -> N x d, z of @eq-lda
     x = precise(rows) - mean
-    return x @ projection.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16, pixels near a border would cross it
+        return x @ projection.to(x.dtype)
 
 def _nearest(z: Tensor, prototypes: Tensor) -> Tensor: # N x d, K x d -> N, h2
     half, tile = prototypes.square().sum(1) / 2, max(1, 2**24 // len(prototypes))
-    return torch.cat([(half - x @ prototypes.T).argmin(1) for x in z.split(tile)])
+    with torch.autocast(z.device.type, enabled=False):
+        return torch.cat([(half - x @ prototypes.T).argmin(1) for x in z.split(tile)])
 
 def _nearest_own(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int) -> Tensor: # -> N, h1
     own = prototypes.view(-1, per_class, prototypes.shape[1])
@@ -137,7 +139,7 @@ class Remembered:
             yield piece
         if size <= self.memory: self.kept = kept
 
-# %% ../nbs/07_subclasses.ipynb #67321fc4
+# %% ../nbs/07_subclasses.ipynb #842005bb
 def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int, num_classes: Optional[int]) -> tuple:
     moments = Moments()
     for rows, labels in blocks(pieces): moments.add(rows, labels)
@@ -145,13 +147,13 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int, num_classes
     if (counts > 0).sum() < 2:
         raise ValueError(f'SubClasses: found rows of one class (label {counts.argmax()}); expected 2 classes or more')
     few = [f'{n} rows of class {y}' for y, n in enumerate(counts) if n < per_class]
-    if few: raise ValueError(f'SubClasses: found {", ".join(few)}; expected at least per_class = {per_class} of each class')
+    if few: raise ValueError(f'SubClasses: found {", ".join(few)}; expected at least per_class = {per_class} of each')
     mean, between, within = moments.scatter()
     directions, values = lda_map(between, within, min(num_dims, len(counts) - 1))
     tensors = (torch.from_numpy(np.ascontiguousarray(a)).float() for a in (mean, directions, values[:len(counts) - 1]))
     return *tensors, len(counts)
 
-# %% ../nbs/07_subclasses.ipynb #a502df4d
+# %% ../nbs/07_subclasses.ipynb #34ecf92e
 class SubClasses(Supervision):
     "Targets that know which parts of classes the teacher confuses: rows of the transition matrix (@eq-transition)."
     def __init__(self,
@@ -170,9 +172,9 @@ class SubClasses(Supervision):
     def num_templates(self) -> int: self._fitted(); return len(self.prototypes) # K = Y*S
     def extra_repr(self) -> str: return f'num_dims={self.num_dims}, per_class={self.per_class}'
 
-    def fit(self, stream: Iterable): # re-iterable of (rows, labels); read once if its rows fit into `memory`, else three times
+    def fit(self, stream: Iterable): # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
         if iter(stream) is stream:
-            raise TypeError('SubClasses.fit: found an iterator, which can be read once; expected a list or letkd.taps.stream')
+            raise TypeError('SubClasses.fit: found an iterator, readable once; expected a list or letkd.taps.stream')
         pieces = Remembered(lambda: checked(stream, True, self.num_classes, 'teacher features'), self.memory)
         mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims, self.per_class, self.num_classes)
         def projected():
@@ -210,7 +212,7 @@ def target(self: SubClasses,
     if labels is None: raise ValueError('SubClasses.target: found no labels; expected one for each row')
     return TableTarget(self.assign(rows, labels), self.transition)
 
-# %% ../nbs/07_subclasses.ipynb #d792529a
+# %% ../nbs/07_subclasses.ipynb #c774b495
 @patch(as_prop=True)
 def class_of(self: SubClasses) -> Tensor: # K integers
     "The class of each sub-class."
@@ -235,7 +237,9 @@ def names(self: SubClasses,
 def _conflict(self: SubClasses, found: dict) -> str:
     (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]
     expected = min(self.num_dims, len(found['eigenvalues']))
-    if per_class != self.per_class: return f'found {per_class} sub-classes per class; expected per_class = {self.per_class}'
+    if per_class != self.per_class:
+        return f'found {per_class} sub-classes per class; expected per_class = {self.per_class}'
     if dims != expected: return f'found {dims} dimensions; expected {expected} for num_dims = {self.num_dims}'
-    if classes != (self.num_classes or classes): return f'found {classes} classes; expected num_classes = {self.num_classes}'
+    if classes != (self.num_classes or classes):
+        return f'found {classes} classes; expected num_classes = {self.num_classes}'
     return ''

@@ -16,17 +16,17 @@ from matplotlib.figure import Figure
 
 from .experiments import Experiment, read_record
 
-# %% ../nbs/22_tables.ipynb #4eb62826
+# %% ../nbs/22_tables.ipynb #f266f8d9
 def experiment_of(record: dict # as `read_record` returns it
                  ) -> Experiment: # the one that was run
     "The experiment that made a record."
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record['settings'].items()} # JSON has no tuples
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
-        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this version; "
-                         'tabulate the record with the version that made it')
+        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this "
+                         'version; tabulate the record with the version that made it')
     return Experiment(**settings)
 
-# %% ../nbs/22_tables.ipynb #82c60b7b
+# %% ../nbs/22_tables.ipynb #e7dac4a1
 def read_records(*places # folders or files
                 ) -> list: # of records, by name and seed
     "Every record below these places, each run once."
@@ -40,13 +40,15 @@ def read_records(*places # folders or files
 
 def _files(place: Path) -> list:
     if place.is_file(): return [place]
-    if not place.is_dir(): raise FileNotFoundError(f'{place}: found no such file or folder; expected records, as `letkd run --out {place}` leaves them')
+    if not place.is_dir():
+        raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
+                                f'as `letkd run --out {place}` leaves them')
     return sorted(path for path in place.rglob('*.json') if path.name != 'config.json')
 
-# %% ../nbs/22_tables.ipynb #0e26f546
+# %% ../nbs/22_tables.ipynb #0b4a3c70
 _DEFAULT = {f.name: f.default for f in fields(Experiment) if f.name not in ('dataset', 'student', 'options')}
 
-def _without(e: Experiment, *names) -> Experiment: # with these fields at their defaults, so that they tell nothing apart
+def _without(e: Experiment, *names) -> Experiment: # these fields at their defaults: they tell nothing apart
     return replace(e, **{name: _DEFAULT[name] for name in names})
 
 def _pair(e: Experiment) -> Experiment: # what the rows of a table share
@@ -69,18 +71,19 @@ def _unusual(e: Experiment) -> tuple: # (of the pair, of the row)
     own = {k: v for k, v in changed.items() if k in _OWN or k in e.options}
     return _words({k: v for k, v in changed.items() if k not in own}), _words(own)
 
-# %% ../nbs/22_tables.ipynb #fc1462f5
+# %% ../nbs/22_tables.ipynb #44100dde
 def _measured(runs: list) -> dict: # of records that differ in the seed alone; may be empty
     "Means, spreads and counts of a row."
     frame = pd.DataFrame(runs, columns=['top1_last', 'top1_best', 'top5_last', 'seconds', 'parameters'], dtype=float)
     mean, sd = frame.mean(), frame.std(ddof=1)
     taps = pd.DataFrame([r.get('target_perplexity', {}) for r in runs], dtype=float).mean()
-    return dict(n=len(runs), top1_last=mean.top1_last, top1_last_sd=sd.top1_last, top1_best=mean.top1_best, top1_best_sd=sd.top1_best,
-                top5_last=mean.top5_last, gain=float('nan'), seconds=mean.seconds, parameters=mean.parameters,
+    return dict(n=len(runs), top1_last=mean.top1_last, top1_last_sd=sd.top1_last,
+                top1_best=mean.top1_best, top1_best_sd=sd.top1_best, top5_last=mean.top5_last, gain=float('nan'),
+                seconds=mean.seconds, parameters=mean.parameters,
                 top1_values=[r['top1_last'] for r in runs], curves=[r.get('curve', []) for r in runs],
                 **{f'perplexity {tap}': v for tap, v in taps.items()})
 
-# %% ../nbs/22_tables.ipynb #1f25cc2b
+# %% ../nbs/22_tables.ipynb #d44aef14
 ORDER = ('teacher', 'student', 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2') # then sums, then others
 
 def _place(label: str) -> tuple: # sorts the rows of a pair
@@ -93,9 +96,10 @@ def _rows(pair: Experiment, members: dict, plain: dict) -> list: # members, plai
     if not pair.teacher: return [('ce', '', plain[pair])]
     taught = plain.get(_row(pair.of_teacher()), {})
     teacher = {s: r for s, r in taught.items() if s == pair.teacher_seed and not pair.teacher_checkpoint}
-    return sorted([('teacher', '', teacher), ('student', '', plain.get(_alone(pair), {})), *found], key=lambda r: (_place(r[0]), r[1]))
+    found += [('teacher', '', teacher), ('student', '', plain.get(_alone(pair), {}))]
+    return sorted(found, key=lambda r: (_place(r[0]), r[1]))
 
-# %% ../nbs/22_tables.ipynb #c2114fd5
+# %% ../nbs/22_tables.ipynb #bc495815
 def summary(records: list # of `read_records`
            ) -> pd.DataFrame: # one row for each pair, method and options; see above
     "Mean, spread and gain of every method, pair by pair."
@@ -110,19 +114,23 @@ def summary(records: list # of `read_records`
     return pd.DataFrame([row for pair, members in pairs.items() for row in _table(_rows(pair, members, plain), pair)])
 
 def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row of the frame
-    about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student, split=pair.eval_split, settings=_unusual(pair)[0])
-    table = [dict(about, method=method, options=options, **_measured(list(runs.values()))) for method, options, runs in rows]
+    about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student,
+                 split=pair.eval_split, settings=_unusual(pair)[0])
+    table = [dict(about, method=method, options=options, **_measured(list(runs.values())))
+             for method, options, runs in rows]
     alone = next((r['top1_last'] for r in table if r['method'] == 'student'), float('nan'))
     for row in table:
         if row['method'] not in ('teacher', 'student'): row['gain'] = row['top1_last'] - alone
     return table
 
-# %% ../nbs/22_tables.ipynb #b5e11111
+# %% ../nbs/22_tables.ipynb #0c5b0777
 def _spread(mean: float, sd: float) -> str: # in percent
     if pd.isna(mean): return ''
     return f'{mean:.1f}' + ('' if pd.isna(sd) else f' ± {sd:.1f}')
 
-def label(row: pd.Series) -> str: return row.method + (f' {row.options}' if row.options else '') # as the table names the row
+def label(row: pd.Series) -> str: # of `summary`
+    "How the table names a row."
+    return f'{row.method} {row.options}'.strip()
 
 def _number(value: float, form: str) -> str: return '' if pd.isna(value) else format(value, form)
 
@@ -132,13 +140,16 @@ def _cells(row: pd.Series) -> dict: # {heading: cell}; a heading may have two li
             'top-1\nlast epoch': _spread(row.top1_last, row.top1_last_sd) + count,
             'top-1\nbest epoch': _spread(row.top1_best, row.top1_best_sd),
             'top-5\nlast epoch': _number(row.top5_last, '.1f'), '\ngain': _number(row.gain, '+.1f'),
-            '\nseconds': _number(row.seconds, ',.0f'), '\nparameters': _number(row.parameters, ',.0f'),
+            '\nseconds': _number(row.seconds, ',.0f' if row.seconds >= 10 else '.1f'),
+            '\nparameters': _number(row.parameters, ',.0f'),
             **{k.replace(' ', '\n', 1): _number(v, '.2f') for k, v in row.items() if k.startswith('perplexity ')}}
 
-# %% ../nbs/22_tables.ipynb #d561f5d7
+# %% ../nbs/22_tables.ipynb #1f15b5f0
 def _text(columns: list) -> list: # of lists of strings, the two lines of the heading first
     widths = [max(map(len, column)) for column in columns]
-    lines = ['  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in zip(*columns)]
+    adjusted = [[cell.rjust(width) if i else cell.ljust(width) for cell in column]
+                for i, (column, width) in enumerate(zip(columns, widths))]
+    lines = ['  '.join(line) for line in zip(*adjusted)]
     lines.insert(2, '-' * len(lines[0]))
     return [line.rstrip() for line in lines]
 
@@ -149,13 +160,16 @@ def _markdown(columns: list) -> list:
 
 STYLES = dict(text=_text, markdown=_markdown)
 
-# %% ../nbs/22_tables.ipynb #e7ca7791
-NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds). Best epoch: best on the split named above, which also chose it.\n'
+# %% ../nbs/22_tables.ipynb #19e2598a
+NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds).\n'
+        'Best epoch: best on the split named above, which also chose it.\n'
         'Gain: in top-1 at the last epoch, over the student alone with the same settings.')
 
 def pairs_of(frame: pd.DataFrame): # of `summary`
     "The table pair by pair: (title, rows)."
-    for (dataset, teacher, student, split, settings), rows in frame.groupby(['dataset', 'teacher', 'student', 'split', 'settings'], sort=False):
+    if frame.empty: raise ValueError('the table: found 0 rows; expected the summary of some records')
+    keys = ['dataset', 'teacher', 'student', 'split', 'settings']
+    for (dataset, teacher, student, split, settings), rows in frame.groupby(keys, sort=False):
         networks = f'{teacher} → {student}' if teacher else student
         yield ', '.join(filter(None, [f'{dataset}: {networks}', settings, f'{split} split'])), rows
 
@@ -168,7 +182,8 @@ def format_table(frame: pd.DataFrame, # of `summary`
     blocks = []
     for title, rows in pairs_of(frame):
         cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
-        columns = [[*heading.split('\n'), *column] for heading, column in cells.items() if any(column) or 'perplexity' not in heading]
+        columns = [[*heading.split('\n'), *column] for heading, column in cells.items()
+                   if any(column) or 'perplexity' not in heading]
         blocks.append('\n'.join([title, '', *STYLES[style](columns)]))
     return '\n\n'.join([*blocks, NOTE])
 
@@ -184,7 +199,7 @@ def new_figure(width: float,   # inches
     fig = Figure((width, height), dpi=80, layout='constrained')
     with sns.axes_style(style): return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
-# %% ../nbs/22_tables.ipynb #6e0ac7f4
+# %% ../nbs/22_tables.ipynb #8feb85af
 def plot_table(frame: pd.DataFrame # of `summary`
               ) -> Figure:         # one panel for each pair
     "Top-1 at the last epoch of every row, with every seed."
@@ -196,10 +211,12 @@ def plot_table(frame: pd.DataFrame # of `summary`
     return fig
 
 def _dots(ax, title: str, rows: pd.DataFrame):
-    long = rows.assign(label=[label(row) for _, row in rows.iterrows()]).explode('top1_values').astype(dict(top1_values=float))
+    named = rows.assign(label=[label(row) for _, row in rows.iterrows()])
+    long = named.explode('top1_values').astype(dict(top1_values=float))
     for method, line in (('student', '-'), ('teacher', '--')):
         for value in rows[rows.method == method].top1_last: ax.axvline(value, color='.35', ls=line, lw=1, zorder=1)
     sns.stripplot(long, x='top1_values', y='label', color='.45', marker='|', size=9, linewidth=1.2, jitter=False, ax=ax)
-    sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none', markersize=5, err_kws=dict(linewidth=2), ax=ax)
+    sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none', markersize=5,
+                  err_kws=dict(linewidth=2), ax=ax)
     ax.set(xlabel='', ylabel='')
     ax.set_title(title, loc='left', fontsize='medium')

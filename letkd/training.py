@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'evaluate', 'Training', 'atomic', 'write_text', 'save_checkpoint', 'load_checkpoint', 'locked',
            'NonFiniteLoss', 'Meter', 'interactive', 'Progress', 'train']
 
-# %% ../nbs/20_training.ipynb #d3f6881c
+# %% ../nbs/20_training.ipynb #137505e1
 import json, os, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .distiller import Distiller
 
-# %% ../nbs/20_training.ipynb #3a5470a0
+# %% ../nbs/20_training.ipynb #0de3c255
 @torch.no_grad()
 def evaluate(model: nn.Module,  # a classifier; its mode is restored
              batches: Iterable, # of (images, labels, ...)
@@ -37,7 +37,7 @@ def evaluate(model: nn.Module,  # a classifier; its mode is restored
     top1, top5, loss = (totals / n).tolist()
     return dict(top1=100 * top1, top5=100 * top5, loss=loss)
 
-# %% ../nbs/20_training.ipynb #1d5e9a17
+# %% ../nbs/20_training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
     return torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(m * epochs) * steps for m in milestones], gamma=.1)
 
@@ -46,14 +46,14 @@ def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
 
 SCHEDULES = {'step': _step, 'one-cycle': _one_cycle}
 
-# %% ../nbs/20_training.ipynb #b5182093
+# %% ../nbs/20_training.ipynb #7bf509d6
 class Training:
     "A distiller, its optimiser and schedule, its data, and how far they have come."
     def __init__(self,
-                 distiller: Distiller,
+                 distiller: Distiller,       # what to train, on its device
                  batches,                    # `letkd.data.batches.Batches`, or what has its `state_dict`
-                 epochs: int,
-                 lr: float = .05,
+                 epochs: int,                # passes over the batches, in all
+                 lr: float = .05,            # the largest learning rate
                  schedule: str = 'step',     # one of `SCHEDULES`
                  milestones: tuple = (.625, .75, .875), # shares of the epochs, for 'step'
                  momentum: float = .9,       # Nesterov
@@ -72,7 +72,7 @@ class Training:
     @property
     def epoch(self) -> int: return len(self.history) # epochs that are done
 
-# %% ../nbs/20_training.ipynb #e0c759bb
+# %% ../nbs/20_training.ipynb #e39addd1
 @patch
 def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and dicts only
     "Everything that `load_state_dict` needs to go on bit for bit."
@@ -88,7 +88,7 @@ def load_state_dict(self: Training, state: dict):
     if state['generators']['cuda']: torch.cuda.set_rng_state_all(state['generators']['cuda'])
     self.history, self.seconds = state['history'], state['seconds']
 
-# %% ../nbs/20_training.ipynb #ba0e91e1
+# %% ../nbs/20_training.ipynb #2e7b3203
 @contextmanager
 def atomic(path) -> Iterator[Path]: # a temporary path beside `path`; renamed to it where the block ends well
     "Write a file so that it is never seen half-written."
@@ -105,7 +105,7 @@ def write_text(path, text: str): # any path; UTF-8
     "Write a text file atomically."
     with atomic(path) as part: part.write_text(text, encoding='utf-8')
 
-# %% ../nbs/20_training.ipynb #b8cf5a63
+# %% ../nbs/20_training.ipynb #3c4cf434
 def save_checkpoint(training: Training, path): # where
     "Write the whole state, atomically."
     with atomic(path) as part: torch.save(training.state_dict(), part)
@@ -115,7 +115,7 @@ def load_checkpoint(training: Training, path): # the file may be missing: a run 
     if Path(path).exists(): training.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
 
 @contextmanager
-def locked(folder):
+def locked(folder): # made if missing; the block gets it as a `Path`
     "Hold a folder for this process; a second process is refused."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def locked(folder):
     try: yield folder
     finally: lock.release()
 
-# %% ../nbs/20_training.ipynb #3cc6eb75
+# %% ../nbs/20_training.ipynb #34459af3
 class NonFiniteLoss(FloatingPointError): "A loss became NaN or infinite."
 
 class Meter:
@@ -155,7 +155,7 @@ class Meter:
         *each, correct = self.rows[:self.step].mean(0).tolist()
         return dict(zip(self.names, each), loss=sum(each), train_top1=100 * correct)
 
-# %% ../nbs/20_training.ipynb #bb4eef03
+# %% ../nbs/20_training.ipynb #631a99f5
 def interactive() -> bool: # a terminal or a notebook?
     "May a progress bar redraw itself here?"
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
@@ -182,8 +182,8 @@ class Progress:
 
 def _clock(seconds: float) -> str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
-# %% ../nbs/20_training.ipynb #d295882c
-def train(training: Training,
+# %% ../nbs/20_training.ipynb #395b7d2f
+def train(training: Training,        # what to train
           folder,                    # of the run: checkpoint.pt and metrics.jsonl are written there
           test = None,               # batches to evaluate on after each epoch, or None
           title: str = 'training',   # of the progress bar
@@ -204,7 +204,7 @@ def train(training: Training,
         finally: progress.close()
     return training.history
 
-# %% ../nbs/20_training.ipynb #3f3cf3dd
+# %% ../nbs/20_training.ipynb #27517e7f
 def _epoch(t: Training, progress: Progress, folder: Path) -> dict:
     t.distiller.train()
     meter, start, steps = Meter(len(t.batches), t.device), time.time(), len(t.batches)
