@@ -120,7 +120,7 @@ def _name_digits(ax, place: int, parts: Tensor): # H x W
 
 def show_samples(images: Images, # of DigitPairs
                  count: int = 8, # images shown, the first ones
-                ) -> Figure:
+                ) -> Figure:    # two rows: pixels, parts
     "Images beside their true parts."
     parts, count = true_parts(images, images.images.shape[2:]), min(count, len(images))
     fig, (top, bottom) = _strips(2, count)
@@ -218,7 +218,7 @@ def show_assignments(images: Images,     # of DigitPairs, N images
                      assignment: Tensor, # N x h x w, see `assignments`
                      meaning: Tensor,    # K part codes, see `meanings`; best found on other images
                      count: int = 8,     # images shown, the first ones
-                    ) -> Figure:
+                    ) -> Figure:        # three rows: pixels, true parts, said parts
     "Images, their true parts, and the parts for which the assigned templates stand."
     truth, said = true_parts(images, assignment.shape[1:]).cpu(), meaning[assignment].cpu()
     count = min(count, len(images))
@@ -294,7 +294,7 @@ def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
     return found
 
 # %% ../nbs/23_analysis.ipynb #ed290813
-def patch_at(images: Images,
+def patch_at(images: Images,      # N images
              cell: int,           # place among the cells of all images
              grid: tuple,         # (h, w)
              size: Optional[int] = None, # pixels to the side; None: three quarters of the image's height
@@ -340,7 +340,7 @@ def show_transitions(transition: Tensor, # M, K x K
                      cells: Tensor,      # K x count, see `nearest_cells`
                      grid: tuple,        # (h, w)
                      shown: int = 4,     # sub-classes of each kind
-                    ) -> Figure:
+                    ) -> Figure:        # a heat map and patches
     "The transition matrix between classes, its most discriminative and its most shared sub-classes as patches."
     classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
     ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]

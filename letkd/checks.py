@@ -94,8 +94,8 @@ class Check:
 @dataclass(frozen=True)
 class Outcome:
     "What became of a check."
-    name: str
-    claim: str
+    name: str    # of the check
+    claim: str   # its one line
     outcome: str # 'passed', 'skipped', 'expected failure' or 'failed'
     message: str # the error, or the reason
 

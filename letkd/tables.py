@@ -190,8 +190,8 @@ def format_table(frame: pd.DataFrame, # of `summary`
 # %% ../nbs/22_tables.ipynb #b99e25d5
 def new_figure(width: float,   # inches
                height: float,  # inches
-               rows: int = 1,
-               columns: int = 1,
+               rows: int = 1,    # of axes
+               columns: int = 1, # of axes
                style: str = 'whitegrid', # of seaborn
                **options,      # of `Figure.subplots`
               ) -> tuple:      # (figure, rows x columns array of axes)

@@ -144,7 +144,11 @@ def _attach(module, name):
 # %% ../nbs/05_taps.ipynb #d85c9adf
 class Inserted:
     "What `insert` returns: the way back."
-    def __init__(self, module, name, hooks): self.module, self.name, self.hooks = module, name, hooks
+    def __init__(self,
+                 module, # the tapped module
+                 name,   # of the child in it
+                 hooks,  # that call it
+                ): self.module, self.name, self.hooks = module, name, hooks
 
     def remove(self):
         "Take the layer out again; a second call does nothing."
@@ -205,7 +209,7 @@ def rows(
 
 # %% ../nbs/05_taps.ipynb #aaff4a5e
 @contextmanager
-def evaluating(model):
+def evaluating(model): # any network
     "Eval mode, without gradients; every module gets its own mode back."
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -286,10 +286,10 @@ def compose(split,  # a name in `SPLITS`
 @dataclass(frozen=True)
 class Preset:
     "Sizes of the splits, and the images' side in pixels."
-    resolution: int
-    train: int
-    valid: int
-    test: int
+    resolution: int  # side of the images, pixels
+    train: int       # images
+    valid: int       # images
+    test: int        # images
 
 PRESETS = dict(demo=Preset(16, 20_000, 4_000, 5_000), paper=Preset(32, 50_000, 5_000, 10_000))
 CLASSES = tuple(f'{i:02d}' for i in range(100))  # '37': a 3 on the left, a 7 on the right

@@ -104,7 +104,7 @@ def resnet(
     depth: int,            # 6n+2, basic blocks, or else 9n+2, bottlenecks
     width: float = 1,      # factor on all channels (equation 2)
     num_classes: int = 100 # logits
-) -> CifarResNet:
+) -> CifarResNet:          # three stages
     "The CIFAR ResNet of a depth and a width."
     for block, convs in ((BasicBlock, 6), (Bottleneck, 9)):
         if depth > convs and depth % convs == 2:
