@@ -269,7 +269,7 @@ def compose(split,  # a name in `SPLITS`
             start, stop,  # which images of the split's endless sequence
             resolution=16,  # R
             difficulty=1.,  # a number or a `Difficulty`
-            seed=0,
+            seed=0,  # of everything random
            ):  # `Scenes`
     "Images `start .. stop` of a split, all at once."
     d, stream, shape = _difficulty(difficulty), 4 * SPLITS.index(split) + 2, (stop - start, resolution, resolution)
