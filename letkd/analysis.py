@@ -152,7 +152,7 @@ def layer_report(distiller: Distiller, # trained, or as it starts
                  batches: Iterable,    # of (images, labels, ...)
                 ) -> pd.DataFrame:     # one row for each KD layer, by its tap
     "What the KD layers of a student do, in eval mode."
-    layers, paths = distiller._layers(), {layer: path for path, layer in kd_layers(distiller.student).items()}
+    layers, paths = distiller.layers, {layer: path for path, layer in kd_layers(distiller.student).items()}
     inputs, found = {tap: f'{paths[layer]}:input' for tap, layer in layers.items()}, []
     for images, labels, *_ in batches:
         targets = distiller.targets(images, labels)

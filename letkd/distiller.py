@@ -71,9 +71,9 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.terms = student, nn.ModuleList(terms)
         self.__dict__['teacher'] = None if teacher is None else teacher.eval()
-        self.needs_teacher = any(t.teacher for t in self.terms)
+        self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
         _check(self)
-        self.inserted = {tap: insert(student, tap, layer) for tap, layer in self._layers().items()}
+        self.inserted = {tap: insert(student, tap, layer) for tap, layer in self.layers.items()}
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
         "The union of what the terms declare, in order."
@@ -104,7 +104,7 @@ def forward(self: Distiller,
             progress: float = 0.,           # share of the training done
            ) -> tuple:                      # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    batch, maps, layers = Batch(images, labels, index, progress), Maps(), self._layers()
+    batch, maps, layers = Batch(images, labels, index, progress), Maps(), self.layers
     targets = self._targets(maps, batch)
     with capture(self.student, self.taps('student')) as maps.student, \
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
@@ -112,20 +112,30 @@ def forward(self: Distiller,
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
     return maps.student_logits, {term.name: term.weight * term(maps, batch) for term in self.terms}
 
+# %% ../nbs/08_distiller.ipynb #847fdf9c
 @patch
 def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
-    if self.needs_teacher:
-        with torch.no_grad(), capture(self.teacher, self.taps('teacher')) as maps.teacher:
-            maps.teacher_logits = self.teacher(batch.images)
+    if self.needs_teacher: maps.teacher_logits, maps.teacher = self._teacher(batch)
     return {tap: target for term in self.terms for tap, target in term.targets(maps, batch).items()}
 
+@patch
+def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
+    if self.memory is not None and batch.index is not None:
+        logits, *maps = (known[batch.index] for known in self.memory)
+        return logits, dict(zip(self.taps('teacher'), maps))
+    with torch.no_grad(), capture(self.teacher, self.taps('teacher')) as maps: logits = self.teacher(batch.images)
+    return logits, maps
+
+# %% ../nbs/08_distiller.ipynb #a91d9c41
 @patch
 def targets(self: Distiller, images: Tensor, labels: Tensor) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
     return self._targets(Maps(), Batch(images, labels))
 
-@patch
-def _layers(self: Distiller) -> dict: return {tap: layer for term in self.terms for tap, layer in term.layers.items()}
+@patch(as_prop=True)
+def layers(self: Distiller) -> dict: # {tap: KDLayer}
+    "The layers that the terms have put into the student."
+    return {tap: layer for term in self.terms for tap, layer in term.layers.items()}
 
 @patch
 def remove(self: Distiller):
@@ -168,6 +178,7 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
     others = [F.log_softmax(z[~own].view(len(z), -1), dim=1) for z in (log_s, log_t)]
     return tuple(F.kl_div(s, t, reduction='none', log_target=True).sum(1) for s, t in (pairs, others))
 
+# %% ../nbs/08_distiller.ipynb #6223ca24
 class DKD(Term):
     "Decoupled KD [@zhao2022dkd]: min(progress / warmup, 1) T² (alpha TCKD + beta NCKD)."
     def __init__(self,
@@ -322,3 +333,25 @@ def create_terms(method: str,              # 'ce', 'kd', 'dkd', 'quest', 'letkd1
     terms = [term for part in addends(method) for term in part(setup, **chosen(part))]
     for term in terms: term.weight *= weight
     return [CrossEntropy(ce), *terms]
+
+# %% ../nbs/08_distiller.ipynb #dafb1074
+@patch
+def remember(self: Distiller,
+             batches: Iterable,     # of (images, labels, index): every training image once, as the student will see it
+             count: int,            # N, images in the training set
+             limit: int = 2**32,    # bytes; a training set that needs more is not remembered
+            ) -> bool:              # is the teacher remembered?
+    "Run the teacher once over images that are not augmented; `forward` looks it up by `index` from then on."
+    self.memory, memory, seen = None, None, 0
+    if not self.needs_teacher: return False
+    for images, labels, index in batches:
+        logits, maps = self._teacher(Batch(images, labels))
+        said = [logits, *maps.values()]
+        if memory is None:
+            if count * sum(x[0].numel() * x.element_size() for x in said) > limit: return False
+            memory = [x.new_empty(count, *x.shape[1:]) for x in said]
+        for known, x in zip(memory, said): known[index] = x
+        seen += len(index)
+    if seen != count: raise ValueError(f'Distiller.remember: found {seen} images; expected each of {count} once')
+    self.memory = memory
+    return True

@@ -23,7 +23,7 @@ from .data.digit_pairs import digit_pairs
 from .distiller import Distiller, addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
-from .training import Training, atomic, train, write_text
+from .training import Training, atomic, channels_last, train, write_text
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     teacher, made = _teacher(e, out, device, quiet)
     torch.manual_seed(e.seed)
-    student, plain = create_model(e.student, len(images.classes)).to(device), Batches(images, 500)
+    student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), Batches(images, 500)
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     batches = Batches(images, e.batch_size, Augment(flip=entry.flip) if e.augment else None, shuffle=True, drop_last=True, seed=e.seed)
     training = Training(Distiller(student, teacher, terms).to(device), batches, e.epochs, e.lr, e.schedule, e.milestones,
@@ -256,6 +256,7 @@ def run(e: Experiment,                # what to run
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet)
         perplexities = _perplexities(training.distiller, plain)
+        if not e.augment: training.distiller.remember(plain, len(plain.images))
         write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
         train(training, folder, Batches(e.load(e.eval_split).to(training.device), 500), f'{e.name} seed {e.seed}', quiet)
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
@@ -281,7 +282,7 @@ def _teacher(e: Experiment, out, device, quiet) -> tuple: # (network or None, wh
         record = run(e.of_teacher(), out, str(device), quiet)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     classes = len(replace(e, train_size=1).load('train').classes)
-    teacher = create_model(e.teacher, classes, checkpoint=path).to(device).eval()
+    teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     return teacher, dict(teacher_hash=file_hash(path), teacher_top1=record.get('top1_last'))
 
 def _cache(e: Experiment, out, made: dict) -> Callable:
