@@ -137,7 +137,8 @@ def _read(key: str, text, default): # a string from the command line, or a value
     return value
 
 # %% ../nbs/21_experiments.ipynb #aec20c0d
-_DATA = ('train_size', 'resolution', 'difficulty', 'eval_split', 'amp')  # settings that teacher and student share
+_DATA = ('train_size', 'resolution', 'difficulty')           # what makes the images
+_SHARED = (*_DATA, 'augment', 'eval_split', 'amp')           # settings that teacher and student share
 
 @patch
 def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `Images`, on the CPU
@@ -148,6 +149,7 @@ def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `I
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
     return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if addends(self.method) else self.student, self.method])
 
+# %% ../nbs/21_experiments.ipynb #95cada61
 @patch(as_prop=True)
 def changed(self: Experiment) -> dict: # {setting: value} of everything that is not the recipe's
     recipe = _settings(self.dataset, self.method, {})
@@ -159,6 +161,7 @@ def changed(self: Experiment) -> dict: # {setting: value} of everything that is 
 def folder(self: Experiment) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
     return f'{self.name}/seed{self.seed}' + (f'-{digest(self.changed)[:8]}' if self.changed else '')
 
+# %% ../nbs/21_experiments.ipynb #193d6386
 def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digits
     "SHA-256 of a value's JSON, keys sorted."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -166,7 +169,7 @@ def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digit
 # %% ../nbs/21_experiments.ipynb #75bb6d50
 @patch
 def of_teacher(self: Experiment) -> Experiment: # the run whose network is this one's teacher
-    shared = {key: getattr(self, key) for key in _DATA}
+    shared = {key: getattr(self, key) for key in _SHARED}
     return Experiment.named(f'{self.dataset}/{self.teacher}', seed=self.teacher_seed, epochs=self.teacher_epochs, **shared)
 
 # %% ../nbs/21_experiments.ipynb #8a94c593
@@ -285,11 +288,12 @@ def _teacher(e: Experiment, out, device, quiet) -> tuple: # (network or None, wh
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     return teacher, dict(teacher_hash=file_hash(path), teacher_top1=record.get('top1_last'))
 
+# %% ../nbs/21_experiments.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
     "How `create_terms` fits a supervision: from the cache where it can."
     def fit(supervision, rows):
         settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float)) and not k.startswith('_') and k != 'training'}
-        data = {key: getattr(e, key) for key in ('dataset', *_DATA[:3])}
+        data = {key: getattr(e, key) for key in ('dataset', *_DATA)}
         key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__, **made)
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
@@ -298,6 +302,7 @@ def _perplexities(distiller: Distiller, batches) -> dict: # {tap: perplexity of 
     images, labels, _ = next(iter(batches))
     return {tap: round(perplexity(target), 4) for tap, target in distiller.targets(images, labels).items()}
 
+# %% ../nbs/21_experiments.ipynb #6221dfd8
 def read_record(path) -> dict: # a record.json
     "A run's record, or the error that says why the file is none."
     try: record = json.loads(Path(path).read_text(encoding='utf-8'))

@@ -14,6 +14,7 @@ from typing import Callable, Iterable, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
@@ -123,6 +124,19 @@ def distinct(rows: Tensor # N x C
     order = first.argsort()
     return x[first[order]], counts[order].astype(np.float64)
 
+# %% ../nbs/06_prototypes.ipynb #d3bb9782
+def _lloyd(x, weights, centres, max_iter: int, progress: str) -> tuple: # centres, mean squared distance
+    bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True, leave=False, unit='iteration')
+    for done in range(0, max_iter, 5):  # five at a time, for the bar's sake
+        steps = min(5, max_iter - done)
+        fitted = KMeans(len(centres), init=centres, n_init=1, max_iter=steps, copy_x=False).fit(x, sample_weight=weights)
+        centres, inertia = fitted.cluster_centers_, fitted.inertia_ / weights.sum()
+        bar.update(steps)
+        bar.set_postfix(error=f'{inertia:.4g}')
+        if fitted.n_iter_ < steps: break
+    bar.close()
+    return centres, inertia
+
 # %% ../nbs/06_prototypes.ipynb #33b0c018
 @one_thread()
 def kmeans(rows: Tensor,           # N x C
@@ -141,15 +155,7 @@ def kmeans(rows: Tensor,           # N x C
     x = np.subtract(x, mean, out=x, casting='same_kind').astype(np.float32, copy=False)
     start = np.random.default_rng(seed).permutation(len(x))[:max(10 * clusters, 10000)]
     centres, _ = kmeans_plusplus(x[start], clusters, sample_weight=weights[start], random_state=seed)
-    bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True, leave=False, unit='iteration')
-    for done in range(0, max_iter, 5):  # five at a time, for the bar's sake
-        steps = min(5, max_iter - done)
-        fitted = KMeans(clusters, init=centres, n_init=1, max_iter=steps, copy_x=False).fit(x, sample_weight=weights)
-        centres, inertia = fitted.cluster_centers_, fitted.inertia_ / weights.sum()
-        bar.update(steps)
-        bar.set_postfix(error=f'{inertia:.4g}')
-        if fitted.n_iter_ < steps: break
-    bar.close()
+    centres, inertia = _lloyd(x, weights, centres, max_iter, progress)
     return torch.from_numpy(centres.astype(np.float64) + mean), inertia
 
 # %% ../nbs/06_prototypes.ipynb #adb13600
@@ -173,15 +179,17 @@ class Supervision(nn.Module):
         "Why these results belong to other settings; empty if they fit."
         return ''
 
-    def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors):
-        found = {name: state[prefix + name] for name in self._buffers if prefix + name in state}
-        if len(found) == len(self._buffers) and (conflict := self._conflict(found)):
-            return errors.append(f'{prefix or type(self).__name__}: {conflict}')
-        for name, value in found.items():
-            old = self._buffers[name]
-            self._buffers[name] = torch.empty_like(value, device=value.device if old is None else old.device)
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
-        if found: missing.extend(prefix + name for name in self._buffers if name not in found)
+# %% ../nbs/06_prototypes.ipynb #443faeac
+@patch
+def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, strict, missing, unexpected, errors):
+    found = {name: state[prefix + name] for name in self._buffers if prefix + name in state}
+    if len(found) == len(self._buffers) and (conflict := self._conflict(found)):
+        return errors.append(f'{prefix or type(self).__name__}: {conflict}')
+    for name, value in found.items():
+        old = self._buffers[name]
+        self._buffers[name] = torch.empty_like(value, device=value.device if old is None else old.device)
+    super(Supervision, self)._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
+    if found: missing.extend(prefix + name for name in self._buffers if name not in found)
 
 # %% ../nbs/06_prototypes.ipynb #56be68e8
 class KMeansPrototypes(Supervision):
@@ -210,16 +218,19 @@ class KMeansPrototypes(Supervision):
         self.prototypes, self.inertia = centres.float(), torch.tensor(inertia)
         return self
 
-    @torch.no_grad()
-    def target(self, rows: Tensor, labels: Optional[Tensor] = None) -> PrototypeTarget: # N x C; labels are not needed
-        self._fitted(rows, None if self.prototypes is None else self.prototypes.shape[1])
-        mean = self.prototypes.mean(0)
-        return PrototypeTarget(precise(rows) - mean, self.prototypes - mean, self.tau)
+# %% ../nbs/06_prototypes.ipynb #81d1f607
+@patch
+@torch.no_grad()
+def target(self: KMeansPrototypes, rows: Tensor, labels: Optional[Tensor] = None) -> PrototypeTarget: # N x C; labels are not needed
+    self._fitted(rows, None if self.prototypes is None else self.prototypes.shape[1])
+    mean = self.prototypes.mean(0)
+    return PrototypeTarget(precise(rows) - mean, self.prototypes - mean, self.tau)
 
-    def _conflict(self, found: dict) -> str:
-        k = len(found['prototypes'])
-        if k == self.num_prototypes: return ''
-        return f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
+@patch
+def _conflict(self: KMeansPrototypes, found: dict) -> str:
+    k = len(found['prototypes'])
+    if k == self.num_prototypes: return ''
+    return f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
 
 # %% ../nbs/06_prototypes.ipynb #a97a2bbd
 def tau_for_perplexity(target: Callable,   # temperature -> target: `lambda tau: PrototypeTarget(rows, prototypes, tau)`
@@ -267,11 +278,14 @@ class KernelPrototypes(Supervision):
         self.mean, self.std = (mean + shift).float(), var.sqrt().masked_fill(var == 0, 1).float()
         return self
 
-    @torch.no_grad()
-    def target(self, rows: Tensor, labels: Optional[Tensor] = None) -> DenseTarget: # N x K responses; no labels needed
-        self._fitted(rows, None if self.mean is None else len(self.mean))
-        return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau), dim=1))
+# %% ../nbs/06_prototypes.ipynb #b78a6cfc
+@patch
+@torch.no_grad()
+def target(self: KernelPrototypes, rows: Tensor, labels: Optional[Tensor] = None) -> DenseTarget: # N x K responses; no labels needed
+    self._fitted(rows, None if self.mean is None else len(self.mean))
+    return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau), dim=1))
 
-    def _conflict(self, found: dict) -> str:
-        whitened = found['mean'].count_nonzero() > 0
-        return '' if whitened == self.whiten else f'found whiten={bool(whitened)}; expected whiten={self.whiten}'
+@patch
+def _conflict(self: KernelPrototypes, found: dict) -> str:
+    whitened = found['mean'].count_nonzero() > 0
+    return '' if whitened == self.whiten else f'found whiten={bool(whitened)}; expected whiten={self.whiten}'

@@ -40,13 +40,15 @@ class Moments:
         self.sums[present] += np.add.reduceat(x[order], start)
         self.products += x.T @ x
 
-    def scatter(self) -> tuple: # mean, B, W
-        "The overall mean, the scatter between classes and the scatter within them."
-        n = self.counts.sum()
-        mean = self.sums.sum(0) / n
-        means = self.sums / self.counts[:, None] - mean
-        between = (means * self.counts[:, None] / n).T @ means
-        return mean + self.shift, between, self.products / n - np.outer(mean, mean) - between
+# %% ../nbs/07_subclasses.ipynb #f1056628
+@patch
+def scatter(self: Moments) -> tuple: # mean, B, W
+    "The overall mean, the scatter between classes and the scatter within them."
+    n = self.counts.sum()
+    mean = self.sums.sum(0) / n
+    means = self.sums / self.counts[:, None] - mean
+    between = (means * self.counts[:, None] / n).T @ means
+    return mean + self.shift, between, self.products / n - np.outer(mean, mean) - between
 
 # %% ../nbs/07_subclasses.ipynb #bd900d97
 def lda_map(between: np.ndarray, # B, C x C
@@ -172,21 +174,23 @@ class SubClasses(Supervision):
     def num_templates(self) -> int: self._fitted(); return len(self.prototypes) # K = Y*S
     def extra_repr(self) -> str: return f'num_dims={self.num_dims}, per_class={self.per_class}'
 
-    def fit(self, stream: Iterable): # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
-        if iter(stream) is stream:
-            raise TypeError('SubClasses.fit: found an iterator, readable once; expected a list or letkd.taps.stream')
-        pieces = Remembered(lambda: checked(stream, True, self.num_classes, 'teacher features'), self.memory)
-        mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims, self.per_class, self.num_classes)
-        def projected():
-            for rows, labels in blocks(pieces):
-                with one_thread(): z = _project(rows.double(), mean, projection).float()
-                yield z, labels
-        z, labels = sample(projected(), self.memory, self.seed)
-        prototypes = split_classes(z, labels, classes, self.per_class, self.max_iter, self.seed)
-        self.transition, sizes = transition_matrix(projected(), prototypes, self.per_class)
-        self.mean, self.projection, self.eigenvalues, self.prototypes = mean, projection, eigenvalues, prototypes
-        self.sizes = sizes.view(classes, self.per_class)
-        return self
+# %% ../nbs/07_subclasses.ipynb #73629bf4
+@patch
+def fit(self: SubClasses, stream: Iterable): # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
+    if iter(stream) is stream:
+        raise TypeError('SubClasses.fit: found an iterator, readable once; expected a list or letkd.taps.stream')
+    pieces = Remembered(lambda: checked(stream, True, self.num_classes, 'teacher features'), self.memory)
+    mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims, self.per_class, self.num_classes)
+    def projected():
+        for rows, labels in blocks(pieces):
+            with one_thread(): z = _project(rows.double(), mean, projection).float()
+            yield z, labels
+    z, labels = sample(projected(), self.memory, self.seed)
+    prototypes = split_classes(z, labels, classes, self.per_class, self.max_iter, self.seed)
+    self.transition, sizes = transition_matrix(projected(), prototypes, self.per_class)
+    self.mean, self.projection, self.eigenvalues, self.prototypes = mean, projection, eigenvalues, prototypes
+    self.sizes = sizes.view(classes, self.per_class)
+    return self
 
 # %% ../nbs/07_subclasses.ipynb #bc46e0d4
 @patch
@@ -233,6 +237,7 @@ def names(self: SubClasses,
     y = self.class_of.tolist()
     return [f'{classes[c] if classes else c} {i % self.per_class}' for i, c in enumerate(y)]
 
+# %% ../nbs/07_subclasses.ipynb #4e3e2291
 @patch
 def _conflict(self: SubClasses, found: dict) -> str:
     (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]

@@ -150,24 +150,28 @@ class Meter:
         self.step += 1
         if self.step % self.every == 0 or self.step == self.steps: self.check()
 
-    def check(self):
-        "Raise `NonFiniteLoss` if a loss since the last look is none."
-        recent = self.rows[max(self.step - self.every, 0):self.step, :-1]
-        if recent.isfinite().all(): return
-        first = (~recent.isfinite()).any(1).nonzero()[0, 0].item()
-        values = ', '.join(f'{n} = {v:.4g}' for n, v in zip(self.names, recent[first].tolist()))
-        raise NonFiniteLoss(f'step {self.step - len(recent) + first}: {values}')
+# %% ../nbs/20_training.ipynb #b5fabf19
+@patch
+def check(self: Meter):
+    "Raise `NonFiniteLoss` if a loss since the last look is none."
+    recent = self.rows[max(self.step - self.every, 0):self.step, :-1]
+    if recent.isfinite().all(): return
+    first = (~recent.isfinite()).any(1).nonzero()[0, 0].item()
+    values = ', '.join(f'{n} = {v:.4g}' for n, v in zip(self.names, recent[first].tolist()))
+    raise NonFiniteLoss(f'step {self.step - len(recent) + first}: {values}')
 
-    def means(self) -> dict: # {name: mean over the steps so far}, the sum as 'loss', 'train_top1' in percent
-        "Averages so far."
-        *each, correct = self.rows[:self.step].mean(0).tolist()
-        return dict(zip(self.names, each), loss=sum(each), train_top1=100 * correct)
+@patch
+def means(self: Meter) -> dict: # {name: mean over the steps so far}, the sum as 'loss', 'train_top1' in percent
+    "Averages so far."
+    *each, correct = self.rows[:self.step].mean(0).tolist()
+    return dict(zip(self.names, each), loss=sum(each), train_top1=100 * correct)
 
 # %% ../nbs/20_training.ipynb #631a99f5
 def interactive() -> bool: # a terminal or a notebook?
     "May a progress bar redraw itself here?"
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
+# %% ../nbs/20_training.ipynb #00dd8977
 class Progress:
     "A bar for people who watch, lines for logs."
     def __init__(self, title: str, training: Training, quiet: bool = False): # what is running; what to follow; say nothing

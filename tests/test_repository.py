@@ -32,17 +32,7 @@ NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
                    if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
 MODULES = sorted(p.relative_to(ROOT).as_posix() for p in LIB.rglob('*.py') if p.name[0] != '_')
 LONGEST_CELL = 25  # lines that are not blank: what is read in one glance
-LONG_CELLS = dict.fromkeys((
-    '06_prototypes.ipynb#33b0c018',
-    '06_prototypes.ipynb#adb13600',
-    '06_prototypes.ipynb#56be68e8',
-    '06_prototypes.ipynb#cc57ba5a',
-    '07_subclasses.ipynb#2864495a',
-    '07_subclasses.ipynb#34ecf92e',
-    '07_subclasses.ipynb#c774b495',
-    '08_distiller.ipynb#c524914a',
-    '21_experiments.ipynb#082f76e7',
-    '21_experiments.ipynb#d0e21649'), 'one definition with a comment on each argument')    # 'notebook#cell id': why it is longer
+LONG_CELLS = {'21_experiments.ipynb#082f76e7': 'one setting a line, with its comment'}  # 'notebook#cell id': why it is longer
 
 
 @cache
