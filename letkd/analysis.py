@@ -27,7 +27,6 @@ from .data.batches import Images
 from .data.digit_pairs import BACKGROUND, PARTS, parts_at
 from .distiller import Distiller
 from .layer import KDLayer
-from .subclasses import _project
 from .tables import label, new_figure, pairs_of, summary
 from .taps import evaluating, capture, grid_of, rows
 
@@ -268,9 +267,8 @@ def subclass_cells(supervision, # fitted `SubClasses`
     subclass, distance = [], []
     for rows, labels in stream:
         own = supervision.assign(rows, labels)
-        z = _project(rows, supervision.mean, supervision.projection).to(supervision.prototypes.dtype)
         subclass.append(own.cpu())
-        distance.append((z - supervision.prototypes[own]).norm(dim=1).cpu())
+        distance.append((supervision.project(rows) - supervision.prototypes[own]).norm(dim=1).cpu())
     return torch.cat(subclass), torch.cat(distance)
 
 # %% ../nbs/23_analysis.ipynb #4be9e401

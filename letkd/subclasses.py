@@ -195,13 +195,22 @@ def fit(self: SubClasses, stream: Iterable): # re-iterable of (rows, labels); re
 # %% ../nbs/07_subclasses.ipynb #bc46e0d4
 @patch
 @torch.no_grad()
+def project(self: SubClasses,
+            rows: Tensor, # N x C
+           ) -> Tensor:   # N x d, in the type of the prototypes
+    "Rows in the space of LDA (@eq-lda)."
+    self._fitted(rows, None if self.mean is None else len(self.mean))
+    return _project(rows, self.mean, self.projection).to(self.prototypes.dtype)
+
+# %% ../nbs/07_subclasses.ipynb #b11e9e7e
+@patch
+@torch.no_grad()
 def assign(self: SubClasses,
            rows: Tensor,                    # N x C
            labels: Optional[Tensor] = None, # N classes
           ) -> Tensor:                      # N sub-classes
     "The nearest sub-class of the pixel's own class (h1), or without labels the nearest of all (h2)."
-    self._fitted(rows, None if self.mean is None else len(self.mean))
-    z = _project(rows, self.mean, self.projection).to(self.prototypes.dtype)
+    z = self.project(rows)
     if labels is None: return _nearest(z, self.prototypes)
     _check_labels(labels, len(rows), len(self.sizes), 'SubClasses')
     return _nearest_own(z, labels.to(rows.device).long(), self.prototypes, self.per_class)

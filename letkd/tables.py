@@ -163,7 +163,7 @@ STYLES = dict(text=_text, markdown=_markdown)
 # %% ../nbs/22_tables.ipynb #19e2598a
 NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds).\n'
         'Best epoch: best on the split named above, which also chose it.\n'
-        'Gain: in top-1 at the last epoch, over the student alone with the same settings.')
+        'Gain: in top-1 at the last epoch, over the student alone with the same settings. Seconds: of the training steps.')
 
 def pairs_of(frame: pd.DataFrame): # of `summary`
     "The table pair by pair: (title, rows)."
