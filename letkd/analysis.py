@@ -240,6 +240,7 @@ def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
     if k % classes: raise ValueError(f'transition: found {k} sub-classes; expected a multiple of the {classes} classes')
     return transition.view(classes, k // classes, classes, k // classes).sum(3).mean(1)
 
+# %% ../nbs/23_analysis.ipynb #0b4411f0
 def share_a_digit(classes # names of two digits, such as '37'
                  ) -> Tensor: # Y x Y booleans
     "Which classes have exactly one digit in the same place."

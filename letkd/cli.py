@@ -143,7 +143,7 @@ def names() -> str: # many lines
     "Data sets, networks, methods and settings, for people at a prompt."
     from dataclasses import MISSING, fields
     from fastcore.docments import docments
-    from letkd.distiller import METHODS as methods, method_options
+    from letkd.methods import METHODS as methods, method_options
     from letkd.experiments import DATASETS, Experiment
     from letkd.models import model_names
     about = docments(Experiment)

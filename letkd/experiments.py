@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import letkd
 from .data.batches import Augment, Batches
 from .data.digit_pairs import digit_pairs
-from .distiller import Distiller, addends, create_terms, method_options
+from .distiller import Distiller
+from .methods import addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
 from .training import Training, atomic, channels_last, train, write_text
@@ -51,7 +52,7 @@ class Experiment:
     dataset: str                   # one of `DATASETS`
     student: str                   # a name `create_model` knows
     teacher: Optional[str] = None  # the same; None: the student is trained alone
-    method: str = 'ce'             # a row's name, see `letkd.distiller.METHODS`
+    method: str = 'ce'             # a row's name, see `letkd.methods.METHODS`
     seed: int = 0                  # of the student's weights, the order of the images and their augmentation
     epochs: int = 240              # passes over the training images
     batch_size: int = 64           # images in a step; the last incomplete batch is dropped
@@ -71,7 +72,7 @@ class Experiment:
     teacher_checkpoint: Optional[str] = None # a file for `create_model`; None: train the teacher
     penultimate: tuple = ('layer3', 'layer3')       # (student's tap, teacher's tap)
     intermediate: tuple = ('layer3.0', 'layer3.0')  # the same, one block earlier
-    options: dict = field(default_factory=dict, hash=False) # of the method, see `letkd.distiller.method_options`
+    options: dict = field(default_factory=dict, hash=False) # of the method, see `letkd.methods.method_options`
 
     def __post_init__(self): _check(self)
 
