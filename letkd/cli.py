@@ -40,15 +40,19 @@ def table_command(dataset: str,                 # such as 'digit_pairs'
                   markdown: bool = False,       # as Markdown?
                   figure: Optional[str] = None, # also draw it into this file
                  ):
-    "Print the records of a data set as a table."
+    "Print the records of a data set as a table, and the published figures beside them where there are any."
     from letkd.experiments import DATASETS, nearest
+    from letkd.published import beside, format_beside, plot_beside, published
     from letkd.tables import format_table, plot_table, read_records, summary
     if dataset not in DATASETS: raise nearest('data set', dataset, DATASETS)
-    records = [r for r in read_records(out) if r['dataset'] == dataset]
-    if not records: raise ValueError(f'{out}: found no record of {dataset}; make one with letkd run {dataset}/resnet56-resnet20/letkd2 --out {out}')
+    known, style = len(published(dataset)) > 0, 'markdown' if markdown else 'text'
+    records = [r for r in read_records(out) if r['dataset'] == dataset] if Path(out).exists() or not known else []
+    if not records and not known:
+        raise ValueError(f'{out}: found no record of {dataset}; make one with letkd run {dataset}/resnet56-resnet20/letkd2 --out {out}')
     frame = summary(records)
-    print(format_table(frame, 'markdown' if markdown else 'text'))
-    if figure: plot_table(frame).savefig(figure, dpi=150)
+    if records: print(format_table(frame, style))
+    if known: print(format_beside(beside(frame, dataset), style))
+    if figure: (plot_beside(beside(frame, dataset)) if known else plot_table(frame)).savefig(figure, dpi=150)
 
 # %% ../nbs/25_cli.ipynb #f82e86f3
 PAIR = 'digit_pairs/resnet14-resnet8x0.5'

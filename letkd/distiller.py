@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .layer import KDLayer, supervised
+from .matching import precise
 from .prototypes import KMeansPrototypes, Supervision
 from .subclasses import SubClasses
 from .taps import evaluating, capture, grid_of, insert, resolve, rows, stream
@@ -144,8 +145,16 @@ def remove(self: Distiller):
 # %% ../nbs/08_distiller.ipynb #66f5ff30
 class CrossEntropy(Term):
     "Cross-entropy with the labels; what every method adds to."
-    def __init__(self, weight: float = 1.): super().__init__('ce', weight, teacher=False) # factor in the total loss
-    def forward(self, maps: Maps, batch: Batch) -> Tensor: return F.cross_entropy(maps.student_logits, batch.labels)
+    def __init__(self,
+                 weight: float = 1., # factor in the total loss
+                 start: float = 0.,  # share of the training before which it is silent, for methods with a phase of their own
+                ):
+        super().__init__('ce', weight, teacher=False)
+        self.start = start
+
+    def forward(self, maps: Maps, batch: Batch) -> Tensor:
+        if batch.progress < self.start: return precise(maps.student_logits).new_zeros(())
+        return F.cross_entropy(maps.student_logits, batch.labels)
 
 # %% ../nbs/08_distiller.ipynb #78a10e8e
 def soften(maps: Maps, temperature: float) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least

@@ -17,10 +17,14 @@ from matplotlib.figure import Figure
 from .experiments import Experiment, read_record
 
 # %% ../nbs/22_tables.ipynb #f266f8d9
+def _tuples(value): # JSON has lists where settings have tuples
+    if isinstance(value, dict): return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
 def experiment_of(record: dict # as `read_record` returns it
                  ) -> Experiment: # the one that was run
     "The experiment that made a record."
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record['settings'].items()} # JSON has no tuples
+    settings = _tuples(record['settings'])
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
         raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this "
                          'version; tabulate the record with the version that made it')
@@ -84,7 +88,8 @@ def _measured(runs: list) -> dict: # of records that differ in the seed alone; m
                 **{f'perplexity {tap}': v for tap, v in taps.items()})
 
 # %% ../nbs/22_tables.ipynb #d44aef14
-ORDER = ('teacher', 'student', 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2') # then sums, then others
+ORDER = ('teacher', 'student', 'ce', 'kd', 'fitnet', 'at', 'ab', 'fsp', 'sp', 'vid', 'crd', 'dkd', 'simkd', 'tdd',
+         'quest', 'letkd1', 'letkd2') # then sums, then others
 
 def _place(label: str) -> tuple: # sorts the rows of a pair
     known = ORDER.index(label) if label in ORDER else len(ORDER) + ('+' not in label)
