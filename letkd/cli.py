@@ -57,7 +57,7 @@ def table_command(dataset: str,                 # such as 'digit_pairs'
 # %% ../nbs/25_cli.ipynb #f82e86f3
 PAIR = 'digit_pairs/resnet14-resnet8x0.5'
 METHODS = ('student', 'kd', 'quest', 'letkd1', 'letkd2')
-LONG = dict(epochs=30, teacher_epochs=30, augment=True)
+LONG = dict(epochs=30, teacher_epochs=30)
 
 def demo_experiments(seeds: int = 1, long: bool = False) -> list: # of `Experiment`s, in the order in which they run
     "What the demo runs; each distils from the one teacher."
