@@ -6,29 +6,46 @@
 __all__ = ['families', 'Family', 'model_names', 'read_checkpoint', 'looks_like', 'load_weights', 'create_model']
 
 # %% ../../nbs/models/zoo.ipynb #051ade35
-import difflib, pickle, re
+import pickle, re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .mobilenetv2 import mobilenetv2
+from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
 from .resnet import resnet
+from .resnet50 import resnet50
+from .shufflenet import shufflenetv1, shufflenetv2
+from .wrn import wrn
 
 # %% ../../nbs/models/zoo.ipynb #52d7dac8
 @dataclass(frozen=True)
 class Family:
     "Networks that share a way of being named."
-    pattern: str     # regular expression of the name; its groups are the numbers
-    build: Callable  # build(*numbers, num_classes=...) gives the network
+    pattern: str     # regular expression of the name; its groups are the arguments
+    build: Callable  # build(*arguments, num_classes=...) gives the network
     examples: tuple  # the names in use
+    weights: Optional[Callable] = None # weights(*arguments, name) gives published weights, or None where the name is a file's
 
+# %% ../../nbs/models/zoo.ipynb #dc231822
 families = [
+    Family('resnet50', resnet50, ('resnet50',)),
+    Family('(?:torchvision/)?(resnet18|resnet34|mobilenet_v2)', torchvision_network,
+           ('resnet18', 'resnet34', 'mobilenet_v2'), torchvision_weights),
     Family(r'resnet(\d+)(?:x(\d+(?:\.\d+)?))?', resnet,
            ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet29', 'resnet83',
             'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5', 'resnet56x0.5')),
+    Family(r'wrn_(\d+)_(\d+)', wrn, ('wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2')),
+    Family('mobilenetv2', mobilenetv2, ('mobilenetv2',)),
+    Family('shufflenetv1', shufflenetv1, ('shufflenetv1',)),
+    Family('shufflenetv2', shufflenetv2, ('shufflenetv2',)),
+    Family('torchvision/(.+)', torchvision_network, ('torchvision/resnet50',), torchvision_weights),
+    Family('timm/(.+)', timm_network, ()),
 ]
 
 # %% ../../nbs/models/zoo.ipynb #76cee0cc
@@ -36,16 +53,23 @@ def model_names() -> list: # of strings
     "The networks in use; families contain more (any resnet of depth 6n+2 or 9n+2, of any width)."
     return [name for family in families for name in family.examples]
 
-def _number(text): return float(text) if '.' in text else int(text)
+def _argument(text):
+    for read in (int, float):
+        try: return read(text)
+        except ValueError: pass
+    return text
 
-def _build(name, num_classes):
+def _find(name):
+    "The family of a name, and the arguments in the name."
     for family in families:
         if match := re.fullmatch(family.pattern, name):
-            return family.build(*(_number(g) for g in match.groups() if g), num_classes=num_classes)
-    known = model_names()
-    near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=.5)
-    found = f'nearest: {", ".join(near)}' if near else f'known: {", ".join(known)}'
-    raise ValueError(f'no network is called {name!r}; {found}')
+            return family, [_argument(g) for g in match.groups() if g]
+    hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else ''
+    raise unknown_network(name, model_names(), hint)
+
+def _build(name, num_classes):
+    family, arguments = _find(name)
+    return family.build(*arguments, num_classes=num_classes)
 
 # %% ../../nbs/models/zoo.ipynb #1a3d2a8e
 _wrappers = ('model', 'network', 'state_dict', 'net')
@@ -96,6 +120,10 @@ def read_checkpoint(
 # %% ../../nbs/models/zoo.ipynb #a540f9e0
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+@cache
+def _known_shapes(name, num_classes):
+    with torch.device('meta'): return _shapes(_build(name, num_classes).state_dict())
+
 def looks_like(
     state: dict # name -> tensor
 ) -> str:       # such as 'resnet20 with 10 classes', or '' where nothing known comes close
@@ -105,7 +133,7 @@ def looks_like(
     if not classes: return ''
     agreement = {}
     for name in model_names():
-        with torch.device('meta'): known = _shapes(_build(name, classes[-1]).state_dict())
+        known = _known_shapes(name, classes[-1])
         agreement[name] = len(known.items() & shapes.items()) / len(known.keys() | shapes.keys())
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
@@ -144,8 +172,11 @@ def load_weights(
 def create_model(
     name: str,                           # a name of the field, such as 'resnet32x4'; `model_names()` lists those in use
     num_classes: int,                    # logits
-    checkpoint: str | Path | None = None # file with its weights, in any format of `read_checkpoint`
+    checkpoint: str | Path | None = None # file with its weights, in any format of `read_checkpoint`; torchvision's: or 'IMAGENET1K_V1'
 ) -> nn.Module:                          # on the CPU, in train mode
     "The network of this name, with new weights or those of a checkpoint."
-    model = _build(name, num_classes)
-    return model if checkpoint is None else load_weights(model, read_checkpoint(checkpoint), checkpoint)
+    family, arguments = _find(name)
+    model = family.build(*arguments, num_classes=num_classes)
+    if checkpoint is None: return model
+    state = family.weights(*arguments, checkpoint) if family.weights else None
+    return load_weights(model, read_checkpoint(checkpoint) if state is None else state, checkpoint)
