@@ -24,6 +24,7 @@ from .distiller import Distiller
 from .methods import addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
+from .models.pairs import pair_taps
 from .training import Training, atomic, channels_last, train, write_text
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
@@ -33,6 +34,7 @@ class DataSet:
     load: Callable     # (experiment, split) -> Images
     recipe: dict       # {field of `Experiment`: value}
     flip: bool = False # does a mirrored image keep its class?
+    special: dict = field(default_factory=dict) # {student or 'teacher-student': values of its own}
 
 def _digit_pairs(e, split: str):
     size = e.train_size if split == 'train' else None
@@ -104,9 +106,9 @@ def named(cls: Experiment,
     dataset, networks, method = _parts(name)
     if dataset not in DATASETS: raise nearest('data set', dataset, DATASETS)
     teacher, _, student = networks.rpartition('-')
-    if method == 'teacher' and teacher: return cls(dataset, student, teacher, **_settings(dataset, 'ce', settings)).of_teacher()
+    if method == 'teacher' and teacher: return cls(dataset, student, teacher, **_settings(dataset, student, teacher, 'ce', settings)).of_teacher()
     if method in ('student', 'ce'): teacher, method = '', 'ce'
-    return cls(dataset, student, teacher or None, method, **_settings(dataset, method, settings))
+    return cls(dataset, student, teacher or None, method, **_settings(dataset, student, teacher, method, settings))
 
 def _parts(name: str) -> list:
     parts = name.split('/')
@@ -115,9 +117,9 @@ def _parts(name: str) -> list:
     return parts if len(parts) == 3 else [*parts, 'ce']
 
 # %% ../nbs/21_experiments.ipynb #fed6d481
-def _settings(dataset: str, method: str, given: dict) -> dict: # fields and `options`: the recipe, then what is given
-    recipe, known = DATASETS[dataset].recipe, method_options(method)
-    options = known | {k: v for k, v in recipe.get('options', {}).items() if k in known}
+def _settings(dataset, student, teacher, method, given: dict) -> dict: # fields and `options`: the recipe, then what is given
+    recipe, known = _recipe(dataset, student, teacher), method_options(method)
+    options = known | {k: v for k, v in (recipe | recipe.get('options', {})).items() if k in known}
     values = {f.name: recipe.get(f.name, f.default) for f in fields(Experiment)[4:] if f.name != 'options'}
     given = dict(given, **given.pop('options', {}))
     for key, value in given.items():
@@ -125,6 +127,14 @@ def _settings(dataset: str, method: str, given: dict) -> dict: # fields and `opt
         elif key in values: values[key] = _read(key, value, values[key])
         else: raise nearest('setting', key, [*values, *options])
     return dict(values, options=options)
+
+# %% ../nbs/21_experiments.ipynb #933faafa
+def _recipe(dataset, student, teacher) -> dict: # values of fields, of taps, and `options`
+    entry = DATASETS[dataset]
+    own = [entry.special.get(name, {}) for name in (student, f'{teacher}-{student}')]
+    try: taps = pair_taps(student, teacher) if teacher else {}
+    except ValueError: taps = {}  # networks of others: the user gives the taps
+    return dict(taps, **entry.recipe) | own[0] | own[1]
 
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
@@ -153,7 +163,7 @@ def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tab
 # %% ../nbs/21_experiments.ipynb #95cada61
 @patch(as_prop=True)
 def changed(self: Experiment) -> dict: # {setting: value} of everything that is not the recipe's
-    recipe = _settings(self.dataset, self.method, {})
+    recipe = _settings(self.dataset, self.student, self.teacher, self.method, {})
     found = asdict(self)
     flat = lambda d: {**{k: v for k, v in d.items() if k in recipe and k not in ('seed', 'options')}, **d['options']}
     return {k: v for k, v in flat(found).items() if v != flat(recipe)[k]}

@@ -69,7 +69,7 @@ class ActivationBoundary(Term):
 
 # %% ../../nbs/baselines/ab.ipynb #136f9be3
 def ab(setup: Setup,               # what it is built for
-       stages: tuple = STAGES,     # pairs (student's tap, teacher's tap) of stages, or of values before ReLU, see `before_relu`
+       boundaries: tuple = STAGES, # pairs (student's tap, teacher's tap) of stages, or of values before ReLU, see `before_relu`
        alone: float = 30 / 240,    # share of the training in which nothing else is learnt: 30 of 240 epochs
        margin: float = 1.,         # µ
        ab_weight: float = 1.,      # as the KD literature's common script
@@ -77,7 +77,7 @@ def ab(setup: Setup,               # what it is built for
     "Activation boundaries [@heo2019ab]; cross-entropy should start where `alone` ends."
     images = next(iter(setup.batches))[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
-    taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(stages))]
+    taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(boundaries))]
     widths = [[setup.shape(name, tap)[0] for tap in side] for (name, _), side in zip(sides, taps)]
     connectors = [connector(c_s, c_t) for c_s, c_t in zip(*widths)]
     return [ActivationBoundary(tuple(zip(*taps)), connectors, alone, margin, ab_weight)]

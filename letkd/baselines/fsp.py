@@ -48,11 +48,13 @@ class Flow(Term):
 
 # %% ../../nbs/baselines/fsp.ipynb #dbfbff26
 def fsp(setup: Setup,                                # what it is built for
-        stages: tuple = (('relu', 'relu'), *STAGES), # pairs (student's tap, teacher's tap), in the order of the flow
+        stages: tuple = STAGES,                      # pairs (student's tap, teacher's tap), in the order of the flow
+        stem: tuple = ('relu', 'relu'),              # the pair of taps before the first stage
         alone: float = 30 / 240,                     # share of the training in which nothing else is learnt: 30 of 240 epochs
         fsp_weight: float = 1.,                      # as the KD literature's common script has it in that phase
        ) -> list:                                    # of terms
     "Flow of solution procedure [@yim2017fsp]; cross-entropy should start where `alone` ends."
+    stages = (stem, *stages)
     widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)] for pair in map(tuple, stages)}
     if unequal := {pair: width for pair, width in widths.items() if width[0] != width[1]}:
         raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; flow matrices can be compared '
