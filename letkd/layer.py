@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from .fused import fused_kd_layer
 from .matching import kd_layer, matching_scores, precise, unit
 
 # %% ../nbs/04_layer.ipynb #d118a9f7
@@ -78,6 +79,19 @@ def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layo
     out = out.movedim(-1, 1) if x.ndim == 4 else out
     return out.contiguous() if x.is_contiguous() else out
 
+# %% ../nbs/04_layer.ipynb #83699381
+def _in_tiles(n: int, c: int, k: int, repeats: bool, cuda: bool = False) -> bool: # repeats: is there a backward pass through v?
+    "Are tiles the faster form for these shapes (@eq-rule)?"
+    least, ratio = (2**18, 4) if repeats else (2**16, 1.5)
+    return n * k >= max(least, ratio * c * (n + k), cuda * 2**24)
+
+@patch
+def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function for these rows
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return kd_layer
+    learns = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
+    tiles = _in_tiles(*rows.shape, len(self.templates), learns and self.alpha != 0, rows.is_cuda)
+    return fused_kd_layer if tiles else kd_layer
+
 # %% ../nbs/04_layer.ipynb #b88ad91f
 @patch
 def forward(self: KDLayer,
@@ -87,8 +101,9 @@ def forward(self: KDLayer,
     "Add the embedding of what matched; see `letkd.matching.kd_layer`."
     last = self._last(x)
     within = self._supervision is not None and target is None
-    out, loss = kd_layer(last.reshape(-1, self.channels), self.templates, self.semantics, self.scale, self.value_scale,
-                         self.norm, self.alpha, self._supervision.target if within else target)
+    rows = last.reshape(-1, self.channels)
+    out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale, self.value_scale, self.norm, self.alpha,
+                                     self._supervision.target if within else target)
     if within: self._supervision.add(self, loss)
     out = x if self.alpha == 0 else _like(out, last, x)
     return out if target is None else (out, loss)
