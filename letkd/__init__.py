@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _names = dict(KDLayer='layer', supervised='layer', Distiller='distiller', create_terms='methods',
               create_model='models', Experiment='experiments', KMeansPrototypes='prototypes',
               KernelPrototypes='prototypes', SubClasses='subclasses')
-_modules = ('solver', 'matching', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'checks', 'models', 'data',
+_modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'checks', 'models', 'data',
             'baselines', 'methods', 'training', 'experiments', 'tables', 'analysis', 'published', 'cli')
 
 __all__ = [*_names, *_modules]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Maps', 'Term', 'Distiller', 'CrossEntropy', 'soften', 'KD', 'decoupled', 'DKD', 'SupervisedLayer', 'Setup',
-           'quest', 'letkd1', 'letkd2', 'kd', 'dkd']
+           'kernel_tap', 'quest', 'letkd1', 'letkd_intermediate', 'letkd2', 'FreeLayer', 'layer', 'kd', 'dkd']
 
 # %% ../nbs/08_distiller.ipynb #fb365586
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ from fastcore.basics import patch
 
 from .layer import KDLayer, supervised
 from .matching import precise
-from .prototypes import KMeansPrototypes, Supervision
+from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import evaluating, capture, grid_of, insert, resolve, rows, stream
+from .taps import evaluating, capture, grid_of, insert, replace, resolve, rows, stream
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -48,12 +48,13 @@ class Term(nn.Module):
                  student_taps = (),     # maps of the student that `forward` reads from `maps.student`
                  teacher_taps = (),     # maps of the teacher, in `maps.teacher`
                  teacher: bool = True,  # does it need the teacher at all?
-                 layers: Optional[dict] = None, # {tap: KDLayer} that the distiller puts into the student
+                 layers: Optional[dict] = None, # {tap: KDLayer, or any module that takes a map and gives one}, put into the student
+                 replaces: Optional[dict] = None, # {path: module that takes its place in the student}
                 ):
         super().__init__()
         self.name, self.weight, self.teacher = name, weight, teacher
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
-        self.layers = layers or {}  # a plain dict: the layers belong to the student, and are saved with it
+        self.layers, self.replaces = layers or {}, replaces or {}  # plain dicts: these belong to the student, and are saved with it
 
     def targets(self, maps: Maps, batch: Batch) -> dict: return {} # {tap of a layer: its target}; the teacher has run
     def forward(self, maps: Maps, batch: Batch) -> Tensor: raise NotImplementedError # scalar, before the weight
@@ -72,7 +73,8 @@ class Distiller(nn.Module):
         self.__dict__['teacher'] = None if teacher is None else teacher.eval()
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
         _check(self)
-        self.inserted = {tap: insert(student, tap, layer) for tap, layer in self.layers.items()}
+        self.inserted = [replace(student, path, module) for t in self.terms for path, module in t.replaces.items()]
+        self.inserted += [insert(student, tap, layer) for tap, layer in self.layers.items()]
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
         "The union of what the terms declare, in order."
@@ -91,7 +93,9 @@ def _check(d: Distiller):
         raise ValueError(f'Distiller: found no teacher; {[t.name for t in d.terms if t.teacher]} need one')
     places = [tap for t in d.terms for tap in t.layers]
     if len(set(places)) < len(places): raise ValueError(f'Distiller: found KD layers at {places}; each place holds one')
-    for tap in [*d.taps('student'), *places]: resolve(d.student, tap)
+    paths = [path for t in d.terms for path in t.replaces]
+    if len(set(paths)) < len(paths): raise ValueError(f'Distiller: found replacements at {paths}; each place holds one')
+    for tap in [*d.taps('student'), *places, *paths]: resolve(d.student, tap)
     for tap in d.taps('teacher'): resolve(d.teacher, tap)
 
 # %% ../nbs/08_distiller.ipynb #c524914a
@@ -139,8 +143,8 @@ def layers(self: Distiller) -> dict: # {tap: KDLayer}
 @patch
 def remove(self: Distiller):
     "Take the KD layers out of the student again."
-    for handle in self.inserted.values(): handle.remove()
-    self.inserted = {}
+    for handle in reversed(self.inserted): handle.remove()
+    self.inserted = []
 
 # %% ../nbs/08_distiller.ipynb #66f5ff30
 class CrossEntropy(Term):
@@ -256,24 +260,47 @@ def layer(self: Setup,
     supervision = self.fit(supervision, stream(self.teacher, taps[1], self.batches, grid))
     return SupervisedLayer(name, *taps, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
 
+# %% ../nbs/08_distiller.ipynb #46fa520e
+def kernel_tap(model: nn.Module # the teacher
+              ) -> str:         # a module path
+    "The first 3x3 convolution of the last block that has one."
+    found = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    if not found: raise ValueError(f'kernels: found no 3x3 convolution in {type(model).__name__}; use K-means')
+    block = found[-1].rpartition('.')[0]
+    return next(path for path in found if path.rpartition('.')[0] == block)
+
 # %% ../nbs/08_distiller.ipynb #81df4d8c
 def quest(setup: Setup,                  # what it is built for
           num_prototypes: int = 4096,    # K
           tau: float = 1.,               # temperature of the prototypes
           alpha_penultimate: float = 0., # 0: supervision alone
+          kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
+          kernel_tau: float = .25,       # their temperature, in standard deviations of the responses
          ) -> list:                      # of terms
     "Prototypes supervise the penultimate map through a KD layer without a transform [@jain2020quest]."
-    return [setup.layer('penultimate', setup.penultimate, KMeansPrototypes(num_prototypes, tau), alpha_penultimate)]
+    taps, supervision = setup.penultimate, KMeansPrototypes(num_prototypes, tau)
+    if kernels: taps, supervision = (taps[0], kernel_tap(setup.teacher)), KernelPrototypes(kernel_tau)
+    return [setup.layer('penultimate', taps, supervision, alpha_penultimate)]
 
 def letkd1(setup: Setup,                  # what it is built for
            num_prototypes: int = 4096,    # K
            tau: float = 1.,               # temperature of the prototypes
            alpha_penultimate: float = 1., # weight of the embedding
+           kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
+           kernel_tau: float = .25,       # their temperature, in standard deviations of the responses
           ) -> list:                      # of terms
     "The KD layer at the penultimate map [@gorgun2023letkd]."
-    return quest(setup, num_prototypes, tau, alpha_penultimate)
+    return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau)
 
 # %% ../nbs/08_distiller.ipynb #6aa152ff
+def letkd_intermediate(setup: Setup,                   # what it is built for
+                       alpha_intermediate: float = 1., # weight of the embedding
+                       num_dims: int = 60,             # dimensions that LDA keeps
+                       per_class: int = 8,             # sub-classes in each class
+                      ) -> list:                       # of terms
+    "The KD layer at the intermediate map alone, a row of letKD's ablations [@gorgun2023letkd]."
+    return [setup.layer('intermediate', setup.intermediate, SubClasses(num_dims, per_class), alpha_intermediate)]
+
 def letkd2(setup: Setup,                   # what it is built for
            num_prototypes: int = 4096,     # K of the penultimate layer
            tau: float = 1.,                # temperature of the prototypes
@@ -283,8 +310,24 @@ def letkd2(setup: Setup,                   # what it is built for
            per_class: int = 8,             # sub-classes in each class
           ) -> list:                       # of terms
     "letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes [@gorgun2023letkd]."
-    inner = setup.layer('intermediate', setup.intermediate, SubClasses(num_dims, per_class), alpha_intermediate)
-    return [inner, *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
+    return [*letkd_intermediate(setup, alpha_intermediate, num_dims, per_class),
+            *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
+
+# %% ../nbs/08_distiller.ipynb #95a980eb
+class FreeLayer(Term):
+    "A KD layer in the student that is trained by the other losses alone."
+    def __init__(self, tap: str, layer: KDLayer): # where it stands; the layer
+        super().__init__('layer', teacher=False, layers={tap: layer})
+
+    def forward(self, maps: Maps, batch: Batch) -> Tensor: return precise(maps.student_logits).new_zeros(())
+
+def layer(setup: Setup,                  # what it is built for
+          num_templates: int = 4096,     # K
+          alpha_penultimate: float = 1., # weight of the embedding
+         ) -> list:                      # of terms
+    "A KD layer at the penultimate map, without supervision."
+    tap = setup.penultimate[0]
+    return [FreeLayer(tap, KDLayer(setup.shape('student', tap)[0], num_templates, alpha_penultimate))]
 
 # %% ../nbs/08_distiller.ipynb #4a8f78a1
 def kd(setup: Setup,            # what it is built for

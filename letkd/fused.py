@@ -117,7 +117,7 @@ class _Prototypes:
 
     def again(self, i, j, p): return torch.exp2(self._logits(i, j, p).sub_(self.lse[i:j]), out=p)
 
-# %% ../nbs/03_fused.ipynb #9dd64aa4
+# %% ../nbs/03_fused.ipynb #002876eb
 _TABLES = WeakTensorKeyDictionary() # table: (its version, sums of p log2 p, masses)
 
 def _negentropy(p: Tensor) -> Tensor: # rows x 1
@@ -126,7 +126,8 @@ def _negentropy(p: Tensor) -> Tensor: # rows x 1
 def _of_table(table: Tensor) -> tuple: # (sums of p log2 p, masses), R x 1 each
     version = -1 if table.is_inference() else table._version
     if version < 0 or _TABLES.get(table, (-1,))[0] != version:
-        _TABLES[table] = version, _negentropy(precise(table)), precise(table).sum(1, keepdim=True)
+        pieces = [precise(t) for t in table.split(max(1, 2**18 // table.shape[1]))]
+        _TABLES[table] = version, torch.cat([_negentropy(t) for t in pieces]), torch.cat([t.sum(1, keepdim=True) for t in pieces])
     return _TABLES[table][1:]
 
 # %% ../nbs/03_fused.ipynb #5b8fe50c
@@ -226,12 +227,12 @@ class _Matching(torch.autograd.Function):
         f = dloss * ctx.per_row if ctx.teacher else None
         return *_match_back(ctx.saved_tensors, ctx.teacher, dy, f), None
 
-# %% ../nbs/03_fused.ipynb #5cb06fd2
+# %% ../nbs/03_fused.ipynb #b75d5d0e
 def _for_the_plain_form(x, norm, alpha, target, templates) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type not in ('cpu', 'cuda'): return True
     n, k = len(x), len(templates)
     if target is not None:
-        values = [v for v in vars(target).values() if isinstance(v, Tensor)]
+        values = [v for v in getattr(target, '__dict__', {}).values() if isinstance(v, Tensor)]
         if target.shape != (n, k) or any(v.requires_grad for v in values): return True
     if alpha == 0: return False
     ordinary = isinstance(norm, nn.BatchNorm1d) and norm.affine and norm.track_running_stats

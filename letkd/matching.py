@@ -79,7 +79,7 @@ class TableTarget(_Target):
         self._require(not self.index.is_floating_point(), f'an index of {self.index.dtype}', 'integers')
     @property
     def shape(self) -> tuple: return len(self.index), self.table.shape[1]
-    def tile(self, i: int, j: int) -> Tensor: return self.table[self.index[i:j]]
+    def tile(self, i: int, j: int) -> Tensor: return self.table.index_select(0, self.index[i:j])
 
 # %% ../nbs/02_matching.ipynb #473e95e8
 def perplexity(target: _Target,  # any target

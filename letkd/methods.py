@@ -13,16 +13,20 @@ from torch import nn
 
 from .baselines.ab import ab
 from .baselines.at import at
+from .baselines.crd import crd
 from .baselines.fitnet import fitnet
 from .baselines.fsp import fsp
+from .baselines.simkd import simkd
 from .baselines.sp import sp
+from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import CrossEntropy, Setup, dkd, kd, letkd1, letkd2, quest
+from .distiller import CrossEntropy, Setup, dkd, kd, layer, letkd1, letkd2, letkd_intermediate, quest
 
 # %% ../nbs/19_methods.ipynb #ed24e070
-METHODS = dict(kd=kd, fitnet=fitnet, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, dkd=dkd,
-               quest=quest, letkd1=letkd1, letkd2=letkd2)  # what may stand in a sum, by name
-WEIGHTS = dict(kd=(.1, .9))  # (cross-entropy, method) of methods that stand alone with weights other than 1
+METHODS = dict(kd=kd, fitnet=fitnet, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd, tdd=tdd,
+               quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer)  # what may stand in a sum, by name
+# (cross-entropy, method) of rows whose weights are not 1; TDD brings KD of weight .9 with it
+WEIGHTS = {'kd': (.1, .9), 'simkd': (0., 1.), 'tdd': (.1, 1.), 'tdd+crd': (.1, 1.)}
 
 def addends(method: str) -> list: # the functions of METHODS, none for 'ce'
     "The parts of a name such as 'letkd2+kd'."

@@ -15,6 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .experiments import Experiment, read_record
+from .methods import method_options
 
 # %% ../nbs/22_tables.ipynb #f266f8d9
 def _tuples(value): # JSON has lists where settings have tuples
@@ -28,7 +29,8 @@ def experiment_of(record: dict # as `read_record` returns it
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
         raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this "
                          'version; tabulate the record with the version that made it')
-    return Experiment(**settings)
+    options = method_options(settings['method']) | settings['options']  # an option that is younger than the record
+    return Experiment(**dict(settings, options=options))
 
 # %% ../nbs/22_tables.ipynb #e7dac4a1
 def read_records(*places # folders or files
