@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'DataSet', 'Experiment', 'nearest', 'digest', 'weights_ha
 # %% ../nbs/21_experiments.ipynb #7b89eebb
 import ast, difflib, hashlib, json, platform, re, subprocess, time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -42,8 +43,10 @@ class DataSet:
     special: dict = field(default_factory=dict) # {student or 'teacher-student': values of its own}
 
 def _digit_pairs(e, split: str):
-    size = e.train_size if split == 'train' else None
-    return digit_pairs(split, size, resolution=e.resolution, difficulty=e.difficulty, preset='paper' if e.dataset.endswith('paper') else 'demo')
+    size, preset = (e.train_size if split == 'train' else None), 'paper' if e.dataset.endswith('paper') else 'demo'
+    return _composed(split, size, resolution=e.resolution, difficulty=e.difficulty, preset=preset)
+
+_composed = lru_cache(4)(digit_pairs)  # the runs of a demo share their images
 
 # %% ../nbs/21_experiments.ipynb #640cdb70
 def _published(load: Callable, **settings) -> Callable: # a reader that can hold out a part of its training images
@@ -58,7 +61,7 @@ _MOBILE = {name: dict(lr=.01) for name in ('mobilenetv2', 'shufflenetv1', 'shuff
 
 # %% ../nbs/21_experiments.ipynb #70f5edcd
 DATASETS = {
-    'digit_pairs': DataSet(_digit_pairs, dict(epochs=8, teacher_epochs=12, batch_size=64, lr=.1, schedule='one-cycle',
+    'digit_pairs': DataSet(_digit_pairs, dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2, schedule='one-cycle',
                                               train_size=20_000, resolution=16, augment=False,
                                               options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32)),
