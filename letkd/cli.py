@@ -7,7 +7,7 @@ __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'sweep_com
            'demo_figures', 'names', 'parser', 'main']
 
 # %% ../nbs/25_cli.ipynb #d5be1984
-import argparse, sys, time
+import argparse, os, sys, time
 from pathlib import Path
 from typing import Optional
 
@@ -233,7 +233,11 @@ def main(args: Optional[list] = None) -> int: # of strings; None: those of the p
     "The command `letkd`."
     given = vars(parser().parse_args(args))
     call = given.pop('call'); given.pop('command')
-    try: call(**given)
+    try:
+        call(**given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `letkd table cifar100 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print('\nletkd: interrupted; the same command goes on from the last epoch that was finished', file=sys.stderr)
         return 130

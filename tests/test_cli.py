@@ -117,7 +117,7 @@ def test_table_of_what_was_run(out):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=many'], 'expected int'),
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
-    (['table', 'cifar'], 'digit_pairs'),
+    (['table', 'cifar'], 'cifar100'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -139,3 +139,25 @@ def test_help(args, capsys):
 def test_help_does_not_wait_for_torch():
     code = "import sys; from letkd.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
+
+
+def test_a_reader_may_leave_a_pipe():
+    with subprocess.Popen(command('table', 'cifar100', '--out', 'nowhere'), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert 'published' in process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == ('', 0)
+
+
+@pytest.mark.parametrize('study, options', [
+    ('cifar100', dict(num_prototypes=16, num_negatives=32)), ('ablation/clusters', dict(num_prototypes=16)),
+    ('ablation/layers', dict(num_prototypes=16)), ('ablation/capacity', dict(num_prototypes=16, num_templates=16)),
+    ('ablation/subclasses', dict(num_prototypes=16))])
+def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
+    "At a miniature scale, on a pair of one width, because FSP wants that; one teacher serves all studies."
+    from letkd.cli import main
+    out = tmp_path_factory.getbasetemp()/'studies'
+    settings = dict(options, epochs=1, teacher_epochs=1, train_size=1280)
+    pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
+    code = main(['sweep', study, '--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), '--quiet', *pairs])
+    assert code == 0, capsys.readouterr().err
