@@ -43,8 +43,8 @@ def places_of(name: str # as `create_model` reads it
                      "such as penultimate=('layer3', 'features')")
 
 # %% ../../nbs/models/pairs.ipynb #192b802a
-def pair_taps(student: str, # names, as `create_model` reads them
-              teacher: str,
+def pair_taps(student: str, # a name, as `create_model` reads it
+              teacher: str, # the same
              ) -> dict:     # {'intermediate': (student's tap, teacher's tap), ..., 'stages': pairs, ...}
     "The places of a pair, as the options of the methods name them."
     s, t = places_of(student), places_of(teacher)
