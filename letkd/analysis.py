@@ -19,6 +19,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor, nn
@@ -367,6 +368,7 @@ def learning_curves(records: list # of `letkd.tables.read_records`
         for level in rows[rows.method == 'teacher'].top1_last:
             ax.axhline(level, color='.35', ls='--', lw=1, label='teacher, last epoch')
         ax.set(xlabel='epoch', ylabel=f'top-1 on the {rows.split.iloc[0]} split (%)')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(title, loc='left', fontsize='medium')
         ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return fig
