@@ -220,7 +220,7 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with atomic(path) as part: save_file(state, part, metadata=about)
+    with atomic(path) as part: save_file(state, part, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
 
 def cached(folder,            # where fitted modules are kept
            key: dict,         # everything the result depends on
