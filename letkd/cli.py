@@ -52,9 +52,10 @@ def table_command(dataset: str,                 # such as 'digit_pairs'
     if not records and not known:
         raise ValueError(f'{out}: found no record of {dataset}; make one with letkd run {dataset}/resnet56-resnet20/letkd2 --out {out}')
     frame = summary(records)
+    both = beside(frame, dataset) if known else None
     if records: print(format_table(frame, style))
-    if known: print(format_beside(beside(frame, dataset), style))
-    if figure: (plot_beside(beside(frame, dataset)) if known else plot_table(frame)).savefig(figure, dpi=150)
+    if known: print(format_beside(both, style))
+    if figure: (plot_beside(both) if known else plot_table(frame)).savefig(figure, dpi=150)
 
 # %% ../nbs/25_cli.ipynb #d4de8fcc
 def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `letkd.published.study`
@@ -162,6 +163,9 @@ def _common(parser, out: str):
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
     parser.add_argument('--quiet', action='store_true', help='no progress')
 
+def _set(parser):
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
+
 class _Names(argparse.Action):
     "`--names`: print what can stand in a name and be set, and leave."
     def __call__(self, parser, namespace, value, option=None):
@@ -196,7 +200,7 @@ def _run_arguments(commands):
                                           'where it stopped.\nExample: letkd run digit_pairs/resnet56-resnet20/letkd2 --set epochs=10 --set tau=4')
     run.add_argument('name', help='data set/teacher-student/method, or data set/network')
     run.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
-    run.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
+    _set(run)
     run.add_argument('--names', nargs=0, action=_Names, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help='list data sets, networks, methods and settings')
     _common(run, 'runs'); run.set_defaults(call=run_command)
 
@@ -208,7 +212,7 @@ def _sweep_arguments(commands):
     sweep.add_argument('--dataset', default='', help="on this data set (default: the study's own)")
     sweep.add_argument('--pair', default='', help='on this teacher-student (default: the published pairs)')
     sweep.add_argument('--seeds', type=int, default=1, help='runs of each row (default: 1)')
-    sweep.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
+    _set(sweep)
     _common(sweep, 'runs'); sweep.set_defaults(call=sweep_command)
 
 def _table_arguments(commands):

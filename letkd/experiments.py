@@ -49,9 +49,9 @@ def _digit_pairs(e, split: str):
 _composed = lru_cache(4)(digit_pairs)  # the runs of a demo share their images
 
 # %% ../nbs/21_experiments.ipynb #640cdb70
-def _published(load: Callable, **settings) -> Callable: # a reader that can hold out a part of its training images
+def _published(load: Callable, *settings: str) -> Callable: # a reader that can hold out a part of its training images
     def read(e, split: str):
-        chosen = {name: getattr(e, value) for name, value in settings.items() if getattr(e, value)}
+        chosen = {name: getattr(e, name) for name in settings if getattr(e, name)}
         return load(split, e.train_size if split == 'train' else None, held_out=50 if e.eval_split == 'valid' else 0, **chosen)
     return read
 
@@ -69,7 +69,7 @@ DATASETS = {
         'resnet50-mobilenetv2': dict(options=dict(alpha_penultimate=.1, alpha_intermediate=.2))}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), special=_MOBILE | {
         'resnet50-mobilenetv2': dict(options=dict(alpha_penultimate=.5, alpha_intermediate=1.))}),
-    'imagenet': DataSet(_published(imagenet, resolution='resolution'), dict(epochs=100, lr=.1, milestones=(.3, .6, .9),
+    'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, lr=.1, milestones=(.3, .6, .9),
                         batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches),
 }
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import letkd
 from .experiments import Experiment, nearest
 from .methods import method_options
-from .tables import STYLES, new_figure
+from .tables import block, new_figure
 
 # %% ../nbs/24_published.ipynb #2ee432aa
 def published(dataset: str = '', # such as 'cifar100'; all where empty
@@ -58,8 +58,7 @@ def format_beside(frame: pd.DataFrame, # of `beside`
     blocks = []
     for (dataset, pair), rows in frame.groupby(['dataset', 'pair'], sort=False):
         cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
-        columns = [[*heading.split('\n'), *column] for heading, column in cells.items()]
-        blocks.append('\n'.join([f"{dataset}: {pair.replace('-', ' → ')}, top-1 in %, published: {rows.source.iloc[0]}", '', *STYLES[style](columns)]))
+        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, top-1 in %, published: {rows.source.iloc[0]}", cells, style))
     return '\n\n'.join(blocks)
 
 # %% ../nbs/24_published.ipynb #a9f3e2f4
@@ -103,8 +102,8 @@ def study(name: str,         # 'cifar100', or 'ablation/layers' and the like, se
     "The experiments behind a published table."
     where = dataset or ('cifar100' if '/' in name else name)
     rows = [(f'{where}/{pair or their}/{method}', _known(method), options) for their, method, options in _rows(name)]
-    if unknown := set(settings) - set().union(*(known for _, known, _ in rows)):
-        raise nearest('setting', min(unknown), set().union(*(known for _, known, _ in rows)))
+    everything = set().union(*(known for _, known, _ in rows))
+    if unknown := set(settings) - everything: raise nearest('setting', min(unknown), everything)
     found = [Experiment.named(row, seed=seed, **options, **{k: v for k, v in settings.items() if k in known - set(options)})
              for seed in range(seeds) for row, known, options in rows]
     return list({e.folder: e for e in found}.values())  # each once: a teacher has many students
