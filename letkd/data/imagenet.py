@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, RandomHorizontalFlip, RandomResizedCrop, Resize
 
-from .batches import first, hold_out, in_turn, normalise
+from .batches import Resumable, first, hold_out, in_turn, normalise
 from .files import data_root, decode
 
 # %% ../../nbs/data/imagenet.ipynb #580be544
@@ -121,7 +121,7 @@ def _collate(squares: list):
 def _cores() -> int: # that this process may use
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-class PhotoBatches:
+class PhotoBatches(Resumable):
     "Batches `(images, labels, index)` of `Photos`, on its device; iterate as often as you like."
     def __init__(self,
                  images: Photos,       # what to read
@@ -133,15 +133,8 @@ class PhotoBatches:
                  device = None,        # where the batches are made; None: where `images` says
                  workers: Optional[int] = None, # processes that read; 0: this one; None: as many as there are cores
                 ):
-        if int(batch_size) != batch_size or batch_size < 1: raise ValueError(f'batch_size must be an integer >= 1, found {batch_size}')
-        if drop_last and batch_size > len(images):
-            raise ValueError(f'no full batch: batch_size {batch_size}, {len(images)} photos, drop_last=True')
-        self.images = images if device is None else images.to(device)
-        self.batch_size, self.augment, self.shuffle, self.drop_last = int(batch_size), augment, shuffle, drop_last
-        self.seed, self.epoch, self.position, self._resume = seed, 0, 0, False
+        super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device)
         self.workers = _cores() if workers is None else workers
-
-    def __len__(self): return len(self.images) // self.batch_size if self.drop_last else -(-len(self.images) // self.batch_size)
 
 # %% ../../nbs/data/imagenet.ipynb #d888ead0
 @patch
@@ -162,25 +155,11 @@ def _squares(self: PhotoBatches, epoch, batches):
 # %% ../../nbs/data/imagenet.ipynb #dc26df09
 @patch
 def __iter__(self: PhotoBatches):
-    if not self._resume and self.position: self.epoch, self.position = self.epoch + 1, 0
-    self._resume, epoch, start, device = False, self.epoch, self.position, self.images.device
+    (epoch, start), device = self.begin(), self.images.device
     plan = self._plan(epoch)
     for b, squares in enumerate(self._squares(epoch, plan[start:]), start):
         if isinstance(squares, ValueError): raise squares
         index = torch.tensor(plan[b])
         labels, index = self.images.labels[index].to(device), index.to(device)
-        self.epoch, self.position = (epoch, b + 1) if b + 1 < len(self) else (epoch + 1, 0)
+        self.passed(epoch, b)
         yield normalise(squares.to(device, non_blocking=True), self.images), labels, index
-
-# %% ../../nbs/data/imagenet.ipynb #092bb786
-@patch
-def state_dict(self: PhotoBatches) -> dict: # three integers
-    "Where this run stands, whatever the device and the number of workers."
-    return dict(seed=self.seed, epoch=self.epoch, position=self.position)
-
-@patch
-def load_state_dict(self: PhotoBatches, state: dict): # of `state_dict`
-    "Go on from `state`: the next `iter` yields the batches that were still to come."
-    if not 0 <= state['position'] < len(self):
-        raise ValueError(f"the state stands at batch {state['position']}, an epoch has {len(self)}: other data or batch size?")
-    self.seed, self.epoch, self.position, self._resume = state['seed'], state['epoch'], state['position'], True
