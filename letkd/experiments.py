@@ -109,7 +109,8 @@ _RANGES = dict(seed=(0, 2**63 - 1), teacher_seed=(0, 2**63 - 1), epochs=(1, math
                train_size=(1, math.inf), lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf), resolution=(1, 4096), difficulty=(0, 2))
 
 def _fits(value, kind: type) -> bool: # is this a value of the type, and every number in it finite?
-    if kind is float: return type(value) in (int, float) and math.isfinite(value)
+    if kind is float: return type(value) in (int, float) and abs(value) < 1e300
+    if kind is int: return type(value) is int and abs(value) < 2**63
     if kind is tuple: return type(value) is tuple and all(type(v) in (str, int, float, tuple) and _fits(v, type(v)) for v in value)
     return type(value) is kind
 
@@ -133,11 +134,14 @@ def nearest(kind: str, name: str, known) -> ValueError: # what is named; the unk
     near = difflib.get_close_matches(str(name), list(known), n=4, cutoff=.5)
     return ValueError(f'{kind}: found {str(name)[:80]!r}; {"nearest" if near else "known"}: {", ".join(near or known)}')
 
+@lru_cache
+def _check_network(name: str): # an unknown one is refused here, not after an hour of training its teacher
+    with torch.device('meta'): create_model(name, 2)
+
 def _check(e: Experiment):
     _check_values(e)
     if e.dataset not in DATASETS: raise nearest('data set', e.dataset, DATASETS)
-    with torch.device('meta'):  # an unknown network is refused here, not after an hour of training its teacher
-        for network in filter(None, (e.student, e.teacher)): create_model(network, 2)
+    for network in filter(None, (e.student, e.teacher)): _check_network(network)
     if addends(e.method) and not e.teacher:
         raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
     known = method_options(e.method)
@@ -192,7 +196,7 @@ def _read(key: str, text, default): # a string from the command line, or a value
         try: value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
-    if default is not None and type(value) is not type(default):
+    if None not in (default, value) and type(value) is not type(default):
         raise ValueError(f'{key}: found {text!r:.80}; expected {type(default).__name__}, such as {default!r}')
     return value
 

@@ -27,7 +27,7 @@ def experiment_of(record: dict # as `read_record` returns it
     "The experiment that made a record."
     settings = _tuples(record['settings'])
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
-        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this "
+        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
                          'version; tabulate the record with the version that made it')
     try:
         options = method_options(settings['method']) | settings['options']  # an option that is younger than the record

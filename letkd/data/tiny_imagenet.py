@@ -88,10 +88,13 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
     path, source = root/f'{NAME}.safetensors', root/NAME
     if path.exists(): return path
     make_folder(root)  # before half a minute of decoding, not after it
-    texts, photos = _read(source if source.is_dir() else fetch(URL, SIZE, md5, root))
-    wnids, names = _classes(texts['wnids.txt'], texts['words.txt'])
-    tensors = {f'{split}.{key}': t for split in ('train', 'val')
-               for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
+    if not source.is_dir(): source = fetch(URL, SIZE, md5, root)
+    try:
+        texts, photos = _read(source)
+        wnids, names = _classes(texts['wnids.txt'], texts['words.txt'])
+        tensors = {f'{split}.{key}': t for split in ('train', 'val')
+                   for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
+    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
     mean, std = _statistics(tensors['train.images'])
     with atomic(path) as part:
         save_file(tensors, part, metadata=dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
