@@ -19,8 +19,14 @@ _ERRORS = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)  # w
 def _settings(pairs: list) -> dict: # of 'key=value' strings
     "What `--set` was given."
     for pair in pairs:
-        if '=' not in pair: raise ValueError(f'--set: found {pair!r}; expected key=value, such as epochs=10')
-    return dict(pair.split('=', 1) for pair in pairs)
+        if '=' not in pair: raise ValueError(f'--set: found {pair[:80]!r}; expected key=value, such as epochs=10')
+    settings = dict(pair.split('=', 1) for pair in pairs)
+    if own := [key for key in settings if key in ('name', 'dataset', 'pair', 'seed', 'seeds', 'options', 'cls')]:
+        raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of its own; see letkd run --help')
+    return settings
+
+def _count(seeds: int): # of a demo or a sweep
+    if not 1 <= seeds <= 1000: raise ValueError(f'--seeds: found {seeds}; expected 1 .. 1000')
 
 def run_command(name: str,                    # data set/teacher-student/method, or data set/network
                 seed: int = 0,                # of weights, order and augmentation
@@ -71,6 +77,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     from letkd.experiments import run
     from letkd.published import study
     from letkd.tables import format_table, summary
+    _count(seeds)
     experiments, records, failed = study(name, dataset, pair, seeds, **_settings(settings)), [], []
     for i, e in enumerate(experiments):
         print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
@@ -87,6 +94,7 @@ LONG = dict(epochs=30, teacher_epochs=30)
 def demo_experiments(seeds: int = 1, long: bool = False) -> list: # of `Experiment`s, in the order in which they run
     "What the demo runs; each distils from the one teacher."
     from letkd.experiments import Experiment
+    _count(seeds)
     return [Experiment.named(f'{PAIR}/{method}', seed=seed, **(LONG if long else {})) for seed in range(seeds) for method in METHODS]
 
 # %% ../nbs/26_cli.ipynb #b57df57d

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import tarfile
@@ -37,7 +38,7 @@ from letkd.subclasses import SubClasses
 from letkd.tables import STYLES, format_table, read_records, summary
 from letkd.training import Training
 
-LIMIT = 20  # seconds for one input; a busy machine needs less than one
+LIMIT = 60  # seconds for one input, on a busy machine; it needs milliseconds
 CLEAR = (ValueError, OSError, KeyError)  # the errors of a loader
 
 
@@ -319,7 +320,9 @@ class Supervisions(Supervision):
 
 
 class Run:
-    "The checkpoint of a run."
+    "A run's checkpoint, damaged, and as somebody may forge it: its name says the right checksum."
+    def __init__(self): self.checkpoints = pytest.importorskip('letkd.checkpoints', reason='checkpoints with checksums are to come')
+
     def training(self):
         torch.manual_seed(0)
         images = Images(torch.zeros(8, 3, 4, 4).byte(), torch.arange(8) % 2)
@@ -328,13 +331,19 @@ class Run:
 
     def files(self):
         torch.save(self.training().state_dict(), file := io.BytesIO())
-        return {'checkpoint.pt': file.getvalue()}
+        return {'state.pt': file.getvalue()}
 
     def mutate(self, name, data, rng): return Checkpoint.mutate(self, name, data, rng)
 
     def load(self, folder):
-        from letkd.training import load_checkpoint
-        load_checkpoint(self.training(), folder/'checkpoint.pt')
+        data, run = (folder/'state.pt').read_bytes(), folder/'run'
+        run.mkdir()
+        try:
+            (run/f'checkpoint-00000001-{self.checkpoints._sum(data)}.pt').write_bytes(data)
+            (run/f'checkpoint-00000002-{self.checkpoints._sum(b"another")}.pt').write_bytes(data)
+            with contextlib.redirect_stderr(io.StringIO()): state = self.checkpoints.Checkpoints(run).load()
+            self.training().load_state_dict(state)
+        finally: shutil.rmtree(run)
 
 
 LOADERS = dict(cifar=(Cifar, 500), tiny_zip=(Tiny, 250), tiny_folder=(TinyFolder, 250), tiny_tensors=(TinyTensors, 250), imagenet=(ImageNet, 500), pth=(Checkpoint, 500),
@@ -396,3 +405,75 @@ def test_a_damaged_file_is_one_clear_error(name, tmp_path, monkeypatch, capsys):
     with capsys.disabled() if LONG else contextlib.nullcontext(): print(f'\n{name}: {outcomes}, {len(failures)} failures')
     assert not failures, '\n\n'.join(failures.values())
     assert outcomes.get('ValueError', 0) > 10, f'the mutations do no damage: {outcomes}'
+
+
+# Command lines
+
+NETWORKS = ['resnet8', 'resnet14', 'resnet8x0.5', 'resnet20', 'wrn_16_1', 'shufflenetv1', 'vgg8', 'torchvision/resnet18', 'timm/vit', 'resnet9', 'resnet', '', '..', '-', 'resnet8x', 'resnet999999992']
+WORDS = ['run', 'table', 'sweep', 'demo', '--set', '--seed', '--out', '--device', '--quiet', '--seeds', '--dataset', '--pair', '--markdown', '--names', '--help', '--version', '--', '-h', '-1',
+         '=', '', ' ', '\n', '\0', '\udcff', 'nowhere', '0', '-0', '1e9', '9' * 5000, 'a' * 300, 'x' * 100_000, '٣', '½', 'cifar100', 'ablation/layers', 'ablation/', 'ablation/x']
+TEXTS = ['', '0', '-1', '1', '2', '1e999', '-1e999', 'nan', 'inf', '1e-400', 'None', 'True', 'false', '()', '(', '(' * 10_000, '[' * 1000 + ']' * 1000, '9' * 5000, '1_0', '0x10', "'a'", "'", '{}',
+         '{1: 2}', '1j', 'b"x"', '(.5, 2)', '("a", "b")', "('layer3', 3)", '__import__("os")', '1+1', '-' * 3000 + '1', '\0', '\ud800', '../../x', 'valid', 'test', 'a' * 10_000, '.5', '1e18', '0.1', '3.0']
+KEYS = [*Experiment.__dataclass_fields__, 'num_prototypes', 'tau', 'alpha_penultimate', 'per_class', 'temperature', 'stages', 'kernels', 'x', '', 'a' * 1000, '__class__', 'self', 'name', 'cls', 'options']
+
+
+def experiment_name(rng) -> str:
+    networks = '-'.join(rng.choices(NETWORKS[:5] if rng.random() < .8 else NETWORKS, k=rng.choice((1, 2, 2, 3))))
+    dataset = rng.choice([*DATASETS] * 3 + ['', '..', '/', 'cifar10', 'digit_pairs/..'])
+    method = rng.choice([*METHODS, 'ce', 'student', 'teacher', 'kd+letkd2', 'kd+kd', '+', '', '..', 'kd/..'])
+    return '/'.join([dataset, networks, method][:rng.choice((1, 2, 3, 3, 3, 3))])
+
+
+def words(rng) -> list:
+    "A command line that may mean something, with some slips."
+    settings = [w for _ in range(rng.choice((0, 0, 1, 2))) for w in ('--set', rng.choice(KEYS) + rng.choice(('=',) * 9 + ('', '==')) + rng.choice(TEXTS))]
+    line = rng.choice([['run', experiment_name(rng), *settings], ['run', experiment_name(rng), *settings], ['table', rng.choice([*DATASETS, 'x'])],
+                       ['sweep', rng.choice(['cifar100', 'ablation/layers', 'ablation/capacity', 'imagenet', 'x']), *settings], ['demo', '--seeds', rng.choice(TEXTS)]])
+    line += rng.choice([[], ['--quiet'], ['--out', rng.choice(WORDS[:-8])], ['--seed', rng.choice(TEXTS)], ['--device', rng.choice(TEXTS)]])
+    for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
+        i = rng.randrange(len(line) + 1)
+        line[i:i + rng.randrange(2)] = [rng.choice(WORDS) if rng.random() < .7 or not line[i:] else mutated(line[i].encode('utf-8', 'surrogatepass'), rng).decode('utf-8', 'surrogateescape')]
+    return line
+
+
+def command(index, folder) -> str:
+    "Parse and obey one command line, with `run` replaced; returns what came out."
+    rng, out, err = random.Random(f'command {index}'), io.StringIO(), io.StringIO()
+    line, before = words(rng), tree(folder)
+    try:
+        with soon(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main(line)
+    except SystemExit as left: code = left.code  # argparse
+    said = err.getvalue()
+    assert code in (0, 2), f'{line}: exit code {code}'
+    usage = said.startswith('usage: ') and 'error: ' in said  # argparse has its own words
+    if code and not usage: assert said.startswith('letkd: ') and said.count('\n') < 7 and len(said) < 2000 + len(''.join(line)), f'{line}: {said[:2000]}'
+    assert tree(folder) == before, f'{line} has written'
+    return 'done' if code == 0 else 'usage' if usage else 'refused'
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch, tmp_path):
+    "`letkd.experiments.run` only looks where it would write."
+    def run(e, out='runs', device=None, quiet=False):
+        folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
+        assert folder.is_relative_to(out) and folder != out and '\0' not in e.folder and len(e.folder) < 250, e.folder
+        assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))
+        return record(e.name) | dict(settings=json.loads(json.dumps(e.__dict__)), seed=e.seed)
+    monkeypatch.setattr('letkd.experiments.run', run)
+    monkeypatch.setattr('letkd.cli.demo_figures', lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_any_command_line_ends_well_or_says_why(nothing_runs, capsys):
+    failures, outcomes = {}, {}
+    for index in range(LONG // 5 if LONG else 700):
+        if LONG and index % 1000 == 0: print('command', index, outcomes, flush=True)
+        try: outcome = command(index, nothing_runs)
+        except Exception as e:
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            failures.setdefault((type(e).__name__, where.filename, where.lineno), f'command({index}, folder): {words(random.Random(f"command {index}"))!r:.2000} {"".join(traceback.format_exception(e))[-1500:]}')
+        else: outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    print(f'\ncommand: {outcomes}, {len(failures)} failures')
+    assert not failures, '\n\n'.join(failures.values())
+    assert min(outcomes.get(k, 0) for k in ('done', 'refused', 'usage')) > 20, outcomes

@@ -39,7 +39,7 @@ def _label(name: str, annotations: dict, wnids: list) -> int:
     _, split, *_, file = name.split('/')
     wnid = name.split('/')[2] if split == 'train' else annotations.get(file)
     if wnid in wnids: return wnids.index(wnid)
-    raise ValueError(f'{name}: found class {wnid!r}, which is not in wnids.txt' if wnid else
+    raise ValueError(f'{name}: found class {wnid[:40]!r}, which is not in wnids.txt' if wnid else
                      f'{name}: found no class in val_annotations.txt')
 
 def _annotations(text: str) -> dict: # {file: wnid}

@@ -117,9 +117,11 @@ def read_checkpoint(
 # %% ../../nbs/models/zoo.ipynb #a540f9e0
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+_ANY = 7919  # classes that no network has, for the number of the file's
+
 @cache
-def _known_shapes(name, num_classes):
-    with torch.device('meta'): return _shapes(_build(name, num_classes).state_dict())
+def _known_shapes(name):
+    with torch.device('meta'): return _shapes(_build(name, _ANY).state_dict())
 
 def looks_like(
     state: dict # name -> tensor
@@ -130,7 +132,7 @@ def looks_like(
     if not classes: return ''
     agreement = {}
     for name in model_names():
-        known = _known_shapes(name, classes[-1])
+        known = {k: tuple(classes[-1] if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
         agreement[name] = len(known.items() & shapes.items()) / len(known.keys() | shapes.keys())
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
