@@ -30,7 +30,7 @@ from .methods import addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
 from .models.pairs import pair_taps
-from .training import Training, channels_last, train, write_text
+from .training import SCHEDULES, Training, channels_last, train, write_text
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
 @dataclass(frozen=True)
@@ -114,19 +114,37 @@ def _fits(value, kind: type) -> bool: # is this a value of the type, and every n
     if kind is tuple: return type(value) is tuple and all(type(v) in (str, int, float, tuple) and _fits(v, type(v)) for v in value)
     return type(value) is kind
 
+def _taps(value, default: tuple) -> bool: # a pair of taps, or a tuple of such pairs, as the default is
+    if type(value) is not tuple or not value: return False
+    return [*map(type, value)] == [str, str] if isinstance(default[0], str) else all(_taps(v, default[0]) for v in value)
+
 def _misfit(key: str, value, kind) -> ValueError:
     return ValueError(f'{key}: found {value!r:.80}; expected {getattr(kind, "__name__", kind)}'.replace('typing.', ''))
 
-def _check_values(e: Experiment):
+# %% ../nbs/21_experiments.ipynb #8b02e59f
+def _check_fields(e: Experiment):
     for f in fields(e):
         if not any(_fits(getattr(e, f.name), kind) for kind in get_args(f.type) or [f.type]): raise _misfit(f.name, getattr(e, f.name), f.type)
+        if f.type is float: object.__setattr__(e, f.name, float(getattr(e, f.name)))  # 1 and 1. are one setting, and one folder
     for key, (least, most) in _RANGES.items():
         value = getattr(e, key)
         if value is not None and not least <= value <= most:
             raise ValueError(f'{key}: found {value}; expected at least {least}' + f' and at most {most}' * (most < math.inf))
+    for key, known in dict(schedule=SCHEDULES, eval_split=('train', 'valid', 'test')).items():
+        if getattr(e, key) not in known: raise nearest(key, getattr(e, key), known)
     if not all(_fits(m, float) and 0 <= m <= 1 for m in e.milestones): raise _misfit('milestones', e.milestones, 'shares of the epochs, 0 .. 1')
     for key in ('penultimate', 'intermediate'):
-        if [*map(type, getattr(e, key))] != [str, str]: raise _misfit(key, getattr(e, key), 'two taps')
+        if not _taps(getattr(e, key), ('', '')): raise _misfit(key, getattr(e, key), 'two taps, of student and teacher')
+
+def _check_options(e: Experiment, known: dict): # {option: default}
+    for key, value in e.options.items():
+        if key not in known: raise nearest(f'option of {e.method}', key, known)
+        if not _fits(value, type(known[key])): raise _misfit(key, value, type(known[key]))
+        if type(value) is tuple and not _taps(value, known[key]): raise _misfit(key, value, f'taps such as {known[key]}')
+        if type(value) is int and type(known[key]) is int and value < 1: raise _misfit(key, value, 'at least 1')
+        if re.search('tau|temperature', key) and value <= 0: raise _misfit(key, value, 'a positive temperature')
+    floats = {k: float(v) for k, v in e.options.items() if type(known[k]) is float}
+    object.__setattr__(e, 'options', dict(e.options, **floats))
 
 # %% ../nbs/21_experiments.ipynb #915ebdae
 def nearest(kind: str, name: str, known) -> ValueError: # what is named; the unknown name; the known ones
@@ -139,15 +157,12 @@ def _check_network(name: str): # an unknown one is refused here, not after an ho
     with torch.device('meta'): create_model(name, 2)
 
 def _check(e: Experiment):
-    _check_values(e)
+    _check_fields(e)
     if e.dataset not in DATASETS: raise nearest('data set', e.dataset, DATASETS)
     for network in filter(None, (e.student, e.teacher)): _check_network(network)
     if addends(e.method) and not e.teacher:
         raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
-    known = method_options(e.method)
-    for key in e.options:
-        if key not in known: raise nearest(f'option of {e.method}', key, known)
-        if not _fits(e.options[key], type(known[key])): raise _misfit(key, e.options[key], type(known[key]))
+    _check_options(e, method_options(e.method))
 
 # %% ../nbs/21_experiments.ipynb #d84457a3
 @patch(cls_method=True)

@@ -300,7 +300,7 @@ NAMES = st.builds('{}/{}{}/{}'.format, st.sampled_from(list(DATASETS)), st.sampl
 @st.composite
 def given_settings(draw, name):
     chosen = draw(st.sets(st.sampled_from(list(VALUES)), max_size=4))
-    options = {k: draw(st.floats(0, 100) if isinstance(v, float) else st.booleans() if isinstance(v, bool) else st.integers(0, 10**6))
+    options = {k: draw(st.floats(.01, 100) if isinstance(v, float) else st.booleans() if isinstance(v, bool) else st.integers(1, 10**6))
                for k, v in method_options(name.rpartition('/')[2]).items() if isinstance(v, (int, float)) and draw(st.booleans())}
     return {k: draw(VALUES[k]) for k in chosen} | options
 
