@@ -7,7 +7,7 @@ __all__ = ['data_root', 'atomic', 'make_folder', 'download', 'md5_of', 'fetch', 
            'read_tensors', 'read_json']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
-import hashlib, io, json, math, os, re, tarfile, warnings, zipfile
+import glob, hashlib, io, json, math, os, re, tarfile, time, warnings, zipfile
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -35,6 +35,8 @@ def atomic(path,             # the final name; its folder is made
     "Write a file so that it is never seen half-written."
     path = Path(path)
     make_folder(path.parent)
+    for old in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield part
