@@ -173,14 +173,14 @@ def _templates(distiller, known, unseen, on_device) -> tuple: # (figure, what it
             f'templates and parts: purity {pure:.2f} on digit cells, {chance:.2f} shuffled')
 
 def _subclasses(distiller, known, on_device) -> tuple: # (figure, what it shows)
-    from letkd import analysis
+    from letkd import pictures
     from letkd.taps import stream
     term = _term(distiller, 'intermediate')
     found, cells = term.supervision, stream(distiller.teacher, term.teacher_tap, on_device(known), term.grid)
-    own, distance = analysis.subclass_cells(found, cells)
-    typical = analysis.nearest_cells(own, distance, found.num_templates, 4, term.grid[0] * term.grid[1])
-    mass = analysis.shared_mass(found.transition, known.classes)
-    return (analysis.show_transitions(found.transition.cpu(), known, typical, term.grid),
+    own, distance = pictures.subclass_cells(found, cells)
+    typical = pictures.nearest_cells(own, distance, found.num_templates, 4, term.grid[0] * term.grid[1])
+    mass = pictures.shared_mass(found.transition, known.classes)
+    return (pictures.show_transitions(found.transition.cpu(), known, typical, term.grid),
             f'{mass["shared"]:.0%} of the mass that leaves a class goes to classes with one digit in the same place, '
             f'{mass["chance"]:.0%} by chance')
 
