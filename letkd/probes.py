@@ -104,18 +104,21 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
     return found
 
 # %% ../nbs/23_probes.ipynb #0b2590f5
+def _seconds(work, cuda: bool) -> float: # of a function; of processor time on a CPU
+    wait, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)
+    wait()
+    start = clock()
+    work()
+    wait()
+    return clock() - start
+
 def seconds_per_image(models: dict,     # {name: network}, on one device
                       images: Tensor,   # B x 3 x H x W, on the same device
                       rounds: int = 15, # that are counted
                      ) -> dict:         # {name: seconds}, medians
     "How long a forward pass takes in eval mode, the networks in turn."
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     def once(model):
-        wait()
-        start = time.perf_counter()
-        with evaluating(model): model(images)
-        wait()
-        return time.perf_counter() - start
+        with evaluating(model): return _seconds(lambda: model(images), images.is_cuda)
     times = [[once(model) for model in models.values()] for _ in range(rounds + 1)][1:]
     return dict(zip(models, (np.median(times, 0) / len(images)).tolist()))
 
@@ -204,11 +207,8 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     return dict(name=name, step=second, batch=size, image=second / size, days=second / size * seen / 86400)
 
 def _step(distiller: Distiller, optimiser, data: tuple) -> float: # seconds
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if data[0].is_cuda else (lambda: None, time.process_time)
-    wait()
-    start = clock()
-    optimiser.zero_grad()
-    sum(distiller(*data, .5)[1].values()).backward()
-    optimiser.step()
-    wait()
-    return clock() - start
+    def work():
+        optimiser.zero_grad()
+        sum(distiller(*data, .5)[1].values()).backward()
+        optimiser.step()
+    return _seconds(work, data[0].is_cuda)
