@@ -43,25 +43,49 @@ def run_command(name: str,                    # data set/teacher-student/method,
           f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} s. Record: {Path(out)/e.folder/"record.json"}')
 
 # %% ../nbs/26_cli.ipynb #bb37af16
-def table_command(dataset: str,                 # such as 'digit_pairs'
+def table_command(name: str,                    # such as 'digit_pairs', 'ablation/layers'
                   out: str = 'runs',            # folder of the records
                   markdown: bool = False,       # as Markdown?
                   figure: Optional[str] = None, # also draw it into this file
+                  dataset: str = '',            # of a study: ours are on this data set
+                  pair: str = '',               # and this 'teacher-student'
+                  settings: tuple = (),         # of 'key=value' strings, as the study was run with
                  ):
-    "Print the records of a data set as a table, and the published figures beside them where there are any."
+    "Print the records of a data set or a study as a table, and the published figures beside them where there are any."
     from letkd.experiments import DATASETS, nearest
     from letkd.published import beside, format_beside, plot_beside, published
     from letkd.tables import format_table, plot_table, read_records, summary
-    if dataset not in DATASETS: raise nearest('data set', dataset, DATASETS)
-    known, style = len(published(dataset)) > 0, 'markdown' if markdown else 'text'
-    records = [r for r in read_records(out) if r['dataset'] == dataset] if Path(out).exists() or not known else []
+    if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
+    if name not in DATASETS: raise nearest('data set', name, DATASETS)
+    known, style = len(published(name)) > 0, 'markdown' if markdown else 'text'
+    records = [r for r in read_records(out) if r['dataset'] == name] if Path(out).exists() or not known else []
     if not records and not known:
-        raise ValueError(f'{out}: found no record of {dataset}; make one with letkd run {dataset}/resnet56-resnet20/letkd2 --out {out}')
+        raise ValueError(f'{out}: found no record of {name}; make one with letkd run {name}/resnet56-resnet20/letkd2 --out {out}')
     frame = summary(records)
-    both = beside(frame, dataset) if known else None
+    both = beside(frame, name) if known else None
     if records: print(format_table(frame, style))
     if known: print(format_beside(both, style))
     if figure: (plot_beside(both) if known else plot_table(frame)).savefig(figure, dpi=150)
+
+# %% ../nbs/26_cli.ipynb #0ad9bb45
+def _study_table(name, out, markdown, figure, dataset, pair, settings, records=None):
+    from letkd.published import beside_study, format_study, plot_option
+    from letkd.tables import read_records
+    if name == 'ablation/cost': return _costs(dataset, pair, None, markdown)
+    if records is None: records = read_records(out) if Path(out).exists() else []
+    frame = beside_study(name, records, dataset, pair, **_settings(settings))
+    where = ' '.join(filter(None, [dataset, pair.replace('-', ' → '), ', '.join(settings)]))
+    print(format_study(name, frame, where, 'markdown' if markdown else 'text'))
+    if not figure: return
+    if name != 'ablation/subclasses': raise ValueError(f'--figure: found {name}; of the ablations only ablation/subclasses is a curve')
+    plot_option(frame, where).savefig(figure, dpi=150)
+
+def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = False):
+    from letkd.probes import format_costs, layer_costs
+    dataset, student = dataset or 'cifar100', (pair or 'resnet20').rpartition('-')[2]
+    frame = layer_costs(student, dataset, device=device)
+    title = f'ablation/cost: one KD layer in {student} on {dataset}; {1e6 * frame.seconds.median():,.0f} microseconds an image without it'
+    print(format_costs(frame, title, 'markdown' if markdown else 'text'))
 
 # %% ../nbs/26_cli.ipynb #d4de8fcc
 def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `letkd.published.study`
@@ -74,16 +98,19 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
                   quiet: bool = False,  # no progress
                  ):
     "Run what is missing of a study, then print its table."
+    if name == 'ablation/cost': return _costs(dataset, pair, device)
     from letkd.experiments import run
+    from letkd.probes import probe_run
     from letkd.published import study
     from letkd.tables import format_table, summary
     _count(seeds)
     experiments, records, failed = study(name, dataset, pair, seeds, **_settings(settings)), [], []
     for i, e in enumerate(experiments):
         print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
-        try: records.append(run(e, out, device, quiet))
+        try: records.append((probe_run if name == 'ablation/probe' else run)(e, out, device, quiet))
         except _ERRORS as error: failed.append(f'{e.folder}: {error}')
     print('\n' + format_table(summary(records)))
+    if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
     if failed: raise RuntimeError(f'{len(failed)} of {len(experiments)} runs failed:\n' + '\n'.join(failed))
 
 # %% ../nbs/26_cli.ipynb #f82e86f3
@@ -154,14 +181,14 @@ def _templates(distiller, known, unseen, on_device) -> tuple: # (figure, what it
             f'templates and parts: purity {pure:.2f} on digit cells, {chance:.2f} shuffled')
 
 def _subclasses(distiller, known, on_device) -> tuple: # (figure, what it shows)
-    from letkd import analysis
+    from letkd import pictures
     from letkd.taps import stream
     term = _term(distiller, 'intermediate')
     found, cells = term.supervision, stream(distiller.teacher, term.teacher_tap, on_device(known), term.grid)
-    own, distance = analysis.subclass_cells(found, cells)
-    typical = analysis.nearest_cells(own, distance, found.num_templates, 4, term.grid[0] * term.grid[1])
-    mass = analysis.shared_mass(found.transition, known.classes)
-    return (analysis.show_transitions(found.transition.cpu(), known, typical, term.grid),
+    own, distance = pictures.subclass_cells(found, cells)
+    typical = pictures.nearest_cells(own, distance, found.num_templates, 4, term.grid[0] * term.grid[1])
+    mass = pictures.shared_mass(found.transition, known.classes)
+    return (pictures.show_transitions(found.transition.cpu(), known, typical, term.grid),
             f'{mass["shared"]:.0%} of the mass that leaves a class goes to classes with one digit in the same place, '
             f'{mass["chance"]:.0%} by chance')
 
@@ -213,22 +240,29 @@ def _run_arguments(commands):
     _common(run, 'runs'); run.set_defaults(call=run_command)
 
 # %% ../nbs/26_cli.ipynb #9f50e7ab
+_STUDIES = 'cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, /subclasses, /naive, /probe, /cost'
+
+def _elsewhere(parser):
+    parser.add_argument('--dataset', default='', help="of a study: on this data set (default: the study's own)")
+    parser.add_argument('--pair', default='', help='of a study: on this teacher-student (default: the published pairs)')
+    _set(parser)
+
 def _sweep_arguments(commands):
-    sweep = commands.add_parser('sweep', help='every run of a published table or ablation', description='Run what is missing of a '
-                                'study: cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, /subclasses.')
+    sweep = commands.add_parser('sweep', help='every run of a published table or ablation',
+                                description=f'Run what is missing of a study: {_STUDIES}. Then print it beside the published figures.')
     sweep.add_argument('name', help='such as cifar100 or ablation/layers')
-    sweep.add_argument('--dataset', default='', help="on this data set (default: the study's own)")
-    sweep.add_argument('--pair', default='', help='on this teacher-student (default: the published pairs)')
     sweep.add_argument('--seeds', type=int, default=1, help='runs of each row (default: 1)')
-    _set(sweep)
+    _elsewhere(sweep)
     _common(sweep, 'runs'); sweep.set_defaults(call=sweep_command)
 
 def _table_arguments(commands):
-    table = commands.add_parser('table', help='the records of a data set as a table', description='Print what was run, mean ± standard deviation (n).')
-    table.add_argument('dataset', help='such as digit_pairs')
+    table = commands.add_parser('table', help='the records of a data set or a study as a table',
+                                description='Print what was run, mean ± standard deviation (n), and what is published.')
+    table.add_argument('name', help=f'such as digit_pairs, or a study: {_STUDIES}')
     table.add_argument('--out', default='runs', help='folder of the records (default: runs)')
     table.add_argument('--markdown', action='store_true', help='as Markdown')
     table.add_argument('--figure', help='also draw it into this file')
+    _elsewhere(table)
     table.set_defaults(call=table_command)
 
 # %% ../nbs/26_cli.ipynb #ababdff3

@@ -30,6 +30,7 @@ from .methods import addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
 from .models.pairs import pair_taps
+from .taps import resolve
 from .training import SCHEDULES, Training, channels_last, train, write_text
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
@@ -40,7 +41,7 @@ class DataSet:
     recipe: dict       # {field of `Experiment`: value}
     augment: object = Augment()  # what `batches` does to training images
     batches: Callable = Batches  # (images, batch size, augment, ...) -> batches
-    special: dict = field(default_factory=dict) # {student or 'teacher-student': values of its own}
+    special: dict = field(default_factory=dict) # {student, 'teacher-student' or 'teacher-student/method': values of its own}
 
 def _digit_pairs(e, split: str):
     size, preset = (e.train_size if split == 'train' else None), 'paper' if e.dataset.endswith('paper') else 'demo'
@@ -58,6 +59,10 @@ def _published(load: Callable, *settings: str) -> Callable: # a reader that can 
 def _tiny(e, split: str): return tiny_imagenet(split, e.train_size if split == 'train' else None)
 
 _MOBILE = {name: dict(lr=.01) for name in ('mobilenetv2', 'shufflenetv1', 'shufflenetv2')}
+_BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2., 'wrn_40_2-wrn_16_2': 6., 'wrn_40_2-wrn_40_1': 6.}  # of DKD; others 8
+_DKD = {f'{pair}/dkd': dict(options=dict(dkd_beta=beta)) for pair, beta in _BETA.items()}
+_DKD_PHOTOS = {f'{pair}/dkd': dict(options=dict(dkd_beta=beta, temperature=1., warmup=1 / 100))
+               for pair, beta in {'resnet34-resnet18': .5, 'torchvision/resnet50-mobilenet_v2': 2.}.items()}
 
 # %% ../nbs/21_experiments.ipynb #70f5edcd
 DATASETS = {
@@ -65,12 +70,13 @@ DATASETS = {
                                               train_size=20_000, resolution=16, augment=False,
                                               options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32)),
-    'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), special=_MOBILE | {
+    'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), special=_MOBILE | _DKD | {
         'resnet50-mobilenetv2': dict(options=dict(alpha_penultimate=.1, alpha_intermediate=.2))}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), special=_MOBILE | {
         'resnet50-mobilenetv2': dict(options=dict(alpha_penultimate=.5, alpha_intermediate=1.))}),
     'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, lr=.1, milestones=(.3, .6, .9),
-                        batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches),
+                        batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches,
+                        special=_DKD_PHOTOS),
 }
 
 # %% ../nbs/21_experiments.ipynb #082f76e7
@@ -153,13 +159,16 @@ def nearest(kind: str, name: str, known) -> ValueError: # what is named; the unk
     return ValueError(f'{kind}: found {str(name)[:80]!r}; {"nearest" if near else "known"}: {", ".join(near or known)}')
 
 @lru_cache
-def _check_network(name: str): # an unknown one is refused here, not after an hour of training its teacher
-    with torch.device('meta'): create_model(name, 2)
+def _network(name: str) -> nn.Module: # without weights: an unknown network or tap is refused here, not after an hour of training the teacher
+    with torch.device('meta'): return create_model(name, 2)
 
 def _check(e: Experiment):
     _check_fields(e)
     if e.dataset not in DATASETS: raise nearest('data set', e.dataset, DATASETS)
-    for network in filter(None, (e.student, e.teacher)): _check_network(network)
+    networks = [_network(network) for network in filter(None, (e.student, e.teacher))]
+    for taps in (e.penultimate, e.intermediate) if e.teacher else ():
+        if taps not in (Experiment.penultimate, Experiment.intermediate):  # given, or of the pair
+            for network, tap in zip(networks, taps): resolve(network, tap)
     if addends(e.method) and not e.teacher:
         raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
     _check_options(e, method_options(e.method))
@@ -186,7 +195,7 @@ def _parts(name: str) -> list:
 
 # %% ../nbs/21_experiments.ipynb #fed6d481
 def _settings(dataset, student, teacher, method, given: dict) -> dict: # fields and `options`: the recipe, then what is given
-    recipe, known = _recipe(dataset, student, teacher), method_options(method)
+    recipe, known = _recipe(dataset, student, teacher, method), method_options(method)
     options = known | {k: v for k, v in (recipe | recipe.get('options', {})).items() if k in known}
     values = {f.name: recipe.get(f.name, f.default) for f in fields(Experiment)[4:] if f.name != 'options'}
     given = dict(given, **given.pop('options', {}))
@@ -197,12 +206,12 @@ def _settings(dataset, student, teacher, method, given: dict) -> dict: # fields 
     return dict(values, options=options)
 
 # %% ../nbs/21_experiments.ipynb #933faafa
-def _recipe(dataset, student, teacher) -> dict: # values of fields, of taps, and `options`
-    entry = DATASETS[dataset]
-    own = [entry.special.get(name, {}) for name in (student, f'{teacher}-{student}')]
+def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of taps, and `options`
+    entry, pair = DATASETS[dataset], f'{teacher}-{student}'
+    own = [entry.special.get(name, {}) for name in (student, pair, f'{pair}/{method}')]
     try: taps = pair_taps(student, teacher) if teacher else {}
     except ValueError: taps = {}  # networks of others: the user gives the taps
-    return dict(taps, **entry.recipe) | own[0] | own[1]
+    return dict(taps, **entry.recipe) | own[0] | own[1] | own[2]
 
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
