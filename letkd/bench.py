@@ -66,17 +66,18 @@ def _glibc(): # C's library where it has these settings, or None
     try: return (libc := ctypes.CDLL(None)).mallopt and libc.malloc_trim and libc
     except (AttributeError, OSError, TypeError): return None
 
-_DEFAULT = {-4: 65536, -3: 2**25, -1: 2**26}  # M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD as they are after some frees
-_REUSE = {-4: 0, -1: 2**31 - 1}               # nothing is mapped apart, nothing is given back
+_ALLOCATOR = {False: {-4: 65536, -3: 2**25, -1: 2**26},  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD as they are after some frees
+              True: {-4: 0, -1: 2**31 - 1}}              # nothing is mapped apart, nothing is given back
+_reuse = [False] # what holds now, innermost last
 
 @contextmanager
 def allocator(reuse: bool): # keep freed memory of the CPU for the next request?
-    "Within it, C's allocator does as asked where it can be asked; afterwards as by default."
-    libc = _glibc()
-    for choice in (_REUSE if reuse else _DEFAULT).items(): libc and libc.mallopt(*choice)
+    "Within it, C's allocator does as asked, where it can be asked."
+    def apply():
+        for choice in _ALLOCATOR[_reuse[-1]].items(): (libc := _glibc()) and libc.mallopt(*choice)
+    _reuse.append(reuse); apply()
     try: yield
-    finally:
-        for choice in _DEFAULT.items(): libc and libc.mallopt(*choice)
+    finally: _reuse.pop(); apply()
 
 # %% ../nbs/25_bench.ipynb #f57ebd35
 def _held(mark: str) -> int: # bytes; 'VmRSS' now, 'VmHWM' at most
@@ -319,11 +320,12 @@ def measure_kd(scale, device: torch.device) -> list: # of rows; `per_second` in 
     found += _measure('loader', f'{scale.resolution} x {scale.resolution}', loading, device, (scale.seconds, scale.least))
     return [dict(row, per_second=scale.batch / row['seconds']) for row in found]
 
-# %% ../nbs/25_bench.ipynb #af1eba2a
-def _features(n: int, c: int, groups: int) -> tuple: # rows N x C, labels
-    generator = torch.Generator().manual_seed(0)
-    centres, labels = torch.randn(groups, c, generator=generator), torch.randint(groups, (n,), generator=generator)
-    return centres[labels] + torch.rand(n, 1, generator=generator) * torch.randn(n, c, generator=generator), labels
+# %% ../nbs/25_bench.ipynb #93b0968d
+def _features(n: int, c: int, classes: int) -> tuple: # rows N x C, labels
+    g = torch.Generator().manual_seed(0)
+    means, labels = torch.randn(classes, c // 2, generator=g), torch.randint(classes, (n,), generator=g)
+    z = means[labels] + torch.randn(n, c // 2, generator=g)
+    return torch.relu(z @ torch.randn(c // 2, c, generator=g) / c**.5 + .1 * torch.randn(n, c, generator=g)), labels
 
 def _kmeans_forms(x, clusters: int, iterations: int, found: dict) -> dict: # {form: function}; the mean squared distance goes into `found`
     from sklearn.cluster import KMeans
@@ -341,7 +343,7 @@ def _kmeans_forms(x, clusters: int, iterations: int, found: dict) -> dict: # {fo
 def measure_kmeans(scale, device: torch.device) -> list: # of rows; `inertia`: mean squared distance of a row to its centre
     "Ours and scikit-learn's, each with its initialisation."
     (n, c, clusters), inertia = scale.kmeans, {}
-    forms = _kmeans_forms(_features(n, c, 2 * clusters)[0], clusters, 20, inertia)
+    forms = _kmeans_forms(_features(n, c, 100)[0], clusters, 20, inertia)
     found = _measure('kmeans', f'{n} x {c}, K = {clusters}', forms, torch.device('cpu'), (0., min(2, scale.least)), memory=True)
     return [dict(row, inertia=float(inertia[row['form']])) for row in found]
 
@@ -349,7 +351,7 @@ def _lda_forms(x, labels, dims: int, found: dict) -> dict: # {form: function}; t
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis as LDA
     def ours():
         moments = Moments()
-        for piece in blocks([(x, labels)]): moments.add(*piece)
+        for piece in blocks(zip(x.split(4096), labels.split(4096))): moments.add(*piece)
         found['ours'] = lda_map(*moments.scatter()[1:], dims)[0]
     def theirs(solver):
         def run(): found[f'scikit-learn {solver}'] = LDA(solver=solver, n_components=dims).fit(x.numpy(), labels.numpy()).scalings_[:, :dims]

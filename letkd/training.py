@@ -65,7 +65,8 @@ class Training:
         self.distiller, self.batches, self.epochs = distiller, batches, epochs
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
-        self.optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+        self.optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0,
+                                         fused=self.device.type in ('cpu', 'cuda'))
         self.schedule = SCHEDULES[schedule](self.optimiser, len(batches), epochs, milestones)
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp and self.device.type == 'cuda' else nullcontext()
         self.history, self.seconds = [], 0.
