@@ -19,8 +19,8 @@ from typing import Callable, Iterable, Optional
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 
 # %% ../nbs/25_bench.ipynb #c364dbc3
 from .data.batches import Augment, Batches, Images
@@ -49,9 +49,10 @@ def side_by_side(forms: dict,          # {name: function without arguments}
                  seconds: float = 3.,  # to spend on all of it, once every form had its turns
                  least: int = 3,       # turns of each form
                  most: int = 25,       # turns of each form
+                 warm: bool = True,    # one call of each before, not timed
                 ) -> dict:             # {name: dict(seconds: median, low, high: quartiles, turns)}
     "Time functions in turns."
-    for f in forms.values(): f()
+    for f in forms.values() if warm else (): f()
     times, start = [], time.perf_counter()
     while len(times) < least or (len(times) < most and time.perf_counter() - start < seconds):
         times.append([])
@@ -152,9 +153,9 @@ def inference_forms(s: Shape, device: torch.device) -> dict: # {form: a forward 
     small, folded = x.view(1, s.n, s.c), layer.fold()
     return dict(floor=_products(s, device, forward=True), plain=call(kd_layer), fused=call(fused_kd_layer), folded=lambda: folded(small))
 
-# %% ../nbs/25_bench.ipynb #2a7fc883
-def _measure(part: str, case: str, forms: dict, device, budget: tuple, memory: bool = False, **about) -> list: # of rows
-    times = side_by_side(forms, device, *budget)
+# %% ../nbs/25_bench.ipynb #d428b48c
+def _measure(part: str, case: str, forms: dict, device, budget: tuple, memory: bool = False, warm: bool = True, **about) -> list: # of rows
+    times = side_by_side(forms, device, *budget, warm=warm)
     floor = times.get('floor', {}).get('seconds')
     return [dict(part=part, case=case, form=form, **time, **about, over_floor=floor and time['seconds'] / floor,
                  memory=extra_memory(forms[form], device) if memory else None) for form, time in times.items()]
@@ -344,7 +345,7 @@ def measure_kmeans(scale, device: torch.device) -> list: # of rows; `inertia`: m
     "Ours and scikit-learn's, each with its initialisation."
     (n, c, clusters), inertia = scale.kmeans, {}
     forms = _kmeans_forms(_features(n, c, 100)[0], clusters, 20, inertia)
-    found = _measure('kmeans', f'{n} x {c}, K = {clusters}', forms, torch.device('cpu'), (0., min(2, scale.least)), memory=True)
+    found = _measure('kmeans', f'{n} x {c}, K = {clusters}', forms, torch.device('cpu'), (0., min(2, scale.least)), memory=True, warm=False)
     return [dict(row, inertia=float(inertia[row['form']])) for row in found]
 
 def _lda_forms(x, labels, dims: int, found: dict) -> dict: # {form: function}; the directions go into `found`
@@ -404,7 +405,7 @@ class Scale:
     resolution: int = 32       # pixels
     classes: int = 100         # of the images
     templates: int = 4096      # K at the penultimate layer
-    kmeans: tuple = (100_000, 64, 1024) # rows, channels, clusters
+    kmeans: tuple = (50_000, 64, 1024) # rows, channels, clusters
     lda: tuple = (400_000, 64, 100)     # rows, channels, classes
 
 FULL = Scale(growth=dict(base=(4096, 64, 4096), n=(256, 1024, 4096, 16384), c=(16, 64, 256), k=(64, 256, 1024, 4096, 16384)))
@@ -417,14 +418,14 @@ def bench(scale: Scale = FULL,          # how much
           device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
           threads: int = 1,             # of the CPU
           parts: Iterable = PARTS,      # names from `PARTS`
-          say: Callable = print,        # told what has begun
+          say: Callable = partial(print, flush=True), # told what is done
          ) -> dict:                     # a record: rows, scale, machine, versions, commit
     "Measure everything, side by side."
     if unknown := sorted(set(parts) - set(PARTS)): raise ValueError(f'parts: found {", ".join(unknown)}; expected some of {", ".join(PARTS)}')
     device, before, found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng(), allocator(reuse=True):
+        with torch.random.fork_rng(), allocator(reuse=True), threadpool_limits(threads):
             torch.manual_seed(0)
             for part in parts:
                 start = time.time(); found += PARTS[part](scale, device)
