@@ -29,9 +29,10 @@ from .distiller import Distiller
 from .methods import addends, create_terms, method_options
 from .matching import perplexity
 from .models import create_model
+from .models.folding import channels_last, inference_form
 from .models.pairs import pair_taps
 from .taps import resolve
-from .training import SCHEDULES, Training, channels_last, train, write_text
+from .training import SCHEDULES, Training, train, write_text
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
 @dataclass(frozen=True)
@@ -347,6 +348,7 @@ def prepare(e: Experiment,                # what to run
     student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     batches = entry.batches(images, e.batch_size, entry.augment if e.augment else None, shuffle=True, drop_last=True, seed=e.seed)
+    if teacher: teacher = inference_form(teacher, [tap for term in terms for tap in term.teacher_taps])
     training = Training(Distiller(student, teacher, terms).to(device), batches, e.epochs, e.lr, e.schedule, e.milestones,
                         e.momentum, e.weight_decay, e.amp)
     return training, plain, made

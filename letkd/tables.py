@@ -53,7 +53,7 @@ def _files(place: Path) -> list:
     if not place.is_dir():
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
-    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json')
+    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json' and not path.name.startswith('bench'))
 
 # %% ../nbs/22_tables.ipynb #0b4a3c70
 _DEFAULT = {f.name: f.default for f in fields(Experiment) if f.name not in ('dataset', 'student', 'options')}

@@ -200,3 +200,19 @@ def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
     assert main(['table', study, *where]) == 0
     table = capsys.readouterr().out
     assert table in printed.out and 'published' in table and '(1)' in table
+
+
+def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
+    "Every part, in a few seconds; the file is JSON, and no record of a run."
+    from letkd import bench
+    from letkd.cli import main
+    from letkd.tables import read_records
+    tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
+                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6))
+    monkeypatch.setattr(bench, 'QUICK', tiny)
+    assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
+    record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
+    assert record['kind'] == 'bench' and record['versions']['torch'] and record['threads'] == 1
+    assert all(row['seconds'] > 0 and row['low'] <= row['seconds'] <= row['high'] for row in record['rows'])
+    for word in (*bench.PARTS, 'letkd1 after', 'images/s', 'targets'): assert word in said, word
+    assert read_records(tmp_path) == []
