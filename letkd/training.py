@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'channels_last', 'Training', 'conditions', 'train']
 
 # %% ../nbs/20_training.ipynb #137505e1
-import json, platform, sys, time
+import inspect, json, platform, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
@@ -73,9 +73,12 @@ class _Losses(nn.Module): # the engine waits for the gradient of all that is ret
         logits, losses = self.distiller(*batch)
         return logits.detach(), losses
 
+# what an older PyTorch calls the same: do not broadcast the buffers at each step
+_AT_EACH_STEP = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters else 'broadcast_buffers'
+
 def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
     if processes() == 1: return distiller
-    return DistributedDataParallel(_Losses(distiller), [device] if device.type == 'cuda' else None, broadcast_buffers=False,
+    return DistributedDataParallel(_Losses(distiller), [device] if device.type == 'cuda' else None, **{_AT_EACH_STEP: False},
                                    find_unused_parameters=any(getattr(term, 'alone', 0) for term in distiller.terms))
 
 # %% ../nbs/20_training.ipynb #20a10003

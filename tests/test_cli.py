@@ -42,7 +42,7 @@ def out(tmp_path_factory):
 
 def test_run_leaves_a_complete_folder(out):
     path, record = record_of(out)
-    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'checkpoint.pt', 'student.safetensors', 'record.json'}
+    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'student.safetensors', 'record.json'}
     assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
     assert record['name'] == NAME and record['changed']['train_size'] == 600
     assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
@@ -64,7 +64,7 @@ def test_a_killed_run_ends_as_if_it_had_never_died(out, tmp_path):
     assert letkd('run', NAME, '--out', out, **settings).returncode == 0
     process = subprocess.Popen(command(*name, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.01)
+    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
     assert not [p for p in tmp_path.rglob('record.json') if 'letkd1' in p.parts]
@@ -81,7 +81,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     process = subprocess.Popen(command('run', NAME, '--out', tmp_path, **dict(SMALL, epochs=400)),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and 'goes on' in error and 'Traceback' not in error
@@ -93,7 +93,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+        while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
         second = letkd('run', NAME, '--out', tmp_path, **settings)
         assert second.returncode == 2 and 'in use by another process' in second.stderr
     finally:
