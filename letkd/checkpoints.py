@@ -39,7 +39,7 @@ def locked(folder) -> Iterator[Path]: # made if missing; the block gets it as a 
     finally: lock.release()
 
 # %% ../nbs/17_checkpoints.ipynb #8c400014
-KEPT = 2  # checkpoints in a folder
+KEPT, _NAME = 2, f'checkpoint-{8 * "[0-9]"}-{16 * "[0-9a-f]"}.pt'  # how many stay in a folder; a pattern
 
 def _sum(data) -> str: return hashlib.sha256(data).hexdigest()[:16]
 
@@ -47,7 +47,7 @@ class Checkpoints:
     "The newest states of a run."
     def __init__(self, folder): self.folder = Path(folder) # of the run
 
-    def paths(self) -> list: return sorted(self.folder.glob('checkpoint-*.pt'), reverse=True) # newest first
+    def paths(self) -> list: return sorted(self.folder.glob(_NAME), reverse=True) # newest first
 
     def __str__(self): return f'the last good checkpoint is {self.paths()[0]}' if self.paths() else 'there is no checkpoint yet'
 

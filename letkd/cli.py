@@ -190,6 +190,7 @@ def _common(parser, out: str):
 def _set(parser):
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
 
+# %% ../nbs/26_cli.ipynb #26a00008
 class _Names(argparse.Action):
     "`--names`: print what can stand in a name and be set, and leave."
     def __call__(self, parser, namespace, value, option=None):

@@ -230,6 +230,7 @@ def save_module(module: nn.Module, path, **about: str): # any module; where; wha
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)
 
+# %% ../nbs/21_experiments.ipynb #21a00009
 def cached(folder,            # where fitted modules are kept
            key: dict,         # everything the result depends on
            module: nn.Module, # not fitted yet
@@ -242,7 +243,6 @@ def cached(folder,            # where fitted modules are kept
     agreed(fit)
     module.load_state_dict(load_file(path))
     return module
-
 
 # %% ../nbs/21_experiments.ipynb #8c00a7c9
 def environment(device: torch.device) -> dict: # what a number depends on besides the settings
@@ -330,7 +330,7 @@ def run(e: Experiment,                # what to run
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
-        _announce(e, training, folder, quiet)
+        agreed(lambda: _announce(e, folder, quiet))
         perplexities = _perplexities(training.distiller, plain)
         if not e.augment: training.distiller.remember(plain, len(plain.images))
         images = e.load(e.eval_split)
@@ -339,16 +339,15 @@ def run(e: Experiment,                # what to run
     made['data_hash'] = data_hash(plain.images, images)
     return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
-
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
     return read_record(folder/'record.json') if (folder/'record.json').exists() else None
 
-def _announce(e: Experiment, training: Training, folder: Path, quiet: bool):
+def _announce(e: Experiment, folder: Path, quiet: bool):
     if processes() > 1 and not quiet:
         print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, {e.batch_size // processes()} images each; '
               f'learning rate {e.lr:g}, as with one process', flush=True)
-    if not rank() and not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
+    if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
 
 def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
 from .distiller import Distiller
 from .meters import Meter, NonFiniteLoss, Progress, evaluate
-from .processes import from_first, gathered, highest, processes, rank
+from .processes import agreed, from_first, gathered, highest, processes, rank
 
 # %% ../nbs/20_training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
@@ -192,5 +192,5 @@ def _keep(training: Training, kept: Checkpoints, every: Every, wish: int):
     training.meter.look()  # what is saved is finite
     kept.save(training.state_dict())
     every.restart()
-    if not rank(): write_text(kept.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in training.history))
+    agreed(lambda: write_text(kept.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in training.history)))
     if wish > 1: raise Stopped(wish, f' in epoch {training.epoch + 1}; the same command goes on from {kept.paths()[0]}')

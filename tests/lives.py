@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import forkserver
 from pathlib import Path
 
 PAIR = 'digit_pairs/resnet8-resnet8x0.5'
@@ -27,9 +28,11 @@ def arguments(method, out, *more, **settings):
 
 def server():
     "A context whose processes have everything imported and the images made, and one thread each."
-    os.environ |= dict(OMP_NUM_THREADS='1', LIVES='warm', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
-    context = multiprocessing.get_context('forkserver')
+    context, before = multiprocessing.get_context('forkserver'), dict(os.environ)
     context.set_forkserver_preload(['letkd.cli', 'letkd.tables', 'lives', 'pytest'])
+    os.environ |= dict(OMP_NUM_THREADS='1', LIVES='warm', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+    try: forkserver.ensure_running()
+    finally: os.environ.clear(), os.environ.update(before)
     return context
 
 

@@ -1,5 +1,4 @@
-"The command line as a user meets it: in processes of its own, killed ones too."
-import hashlib
+"The command line as a user meets it: in processes of its own."
 import json
 import os
 import signal
@@ -23,9 +22,6 @@ def letkd(*args, **settings):
     return subprocess.run(command(*args, **settings), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
-def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def record_of(out):  # the student's; the teacher has one too
     path, = (p for p in Path(out).rglob('record.json') if 'letkd1' in p.parts)
     return path, json.loads(path.read_text())
@@ -46,6 +42,7 @@ def test_run_leaves_a_complete_folder(out):
     assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
     assert record['name'] == NAME and record['changed']['train_size'] == 600
     assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
+    assert 1 <= len(list(path.parent.glob('checkpoint-*.pt'))) <= 2
     assert not [p for p in out.rglob('*') if p.name.endswith('.part')]
 
 
@@ -55,26 +52,6 @@ def test_a_run_that_is_done_is_not_done_again(out):
     again = letkd('run', NAME, '--out', out, **SMALL)
     assert again.returncode == 0 and path.stat().st_mtime_ns == before
     assert 'epoch' not in again.stdout.replace('last epoch', '')
-
-
-def test_a_killed_run_ends_as_if_it_had_never_died(out, tmp_path):
-    "SIGKILL between the first checkpoint and the end, then the same command."
-    settings = dict(SMALL, epochs=40)
-    name = ('run', NAME, '--out', tmp_path)
-    assert letkd('run', NAME, '--out', out, **settings).returncode == 0
-    process = subprocess.Popen(command(*name, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
-    assert not [p for p in tmp_path.rglob('record.json') if 'letkd1' in p.parts]
-    resumed = letkd(*name, **settings)
-    assert resumed.returncode == 0, resumed.stderr
-    killed, = (p for p in tmp_path.rglob('student.safetensors') if 'letkd1' in p.parts)
-    whole = out/killed.relative_to(tmp_path)
-    assert digest(killed) == digest(whole)
-    curves = [json.loads((p.parent/'record.json').read_text())['curve'] for p in (killed, whole)]
-    assert curves[0] == curves[1]
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
@@ -118,6 +95,8 @@ def test_table_of_what_was_run(out):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
     (['table', 'cifar'], 'cifar100'),
+    (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
+    (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -129,7 +108,7 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['run', '--names']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['run', '--names']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
