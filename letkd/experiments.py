@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'DataSet', 'Experiment', 'nearest', 'digest', 'weights_hash', 'save_module', 'load_module', 'cached',
-           'environment', 'prepare', 'run', 'load_run', 'read_record']
+           'environment', 'data_hash', 'prepare', 'run', 'load_run', 'read_record', 'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
-import ast, difflib, hashlib, json, math, platform, re, subprocess, time
+import ast, difflib, hashlib, json, math, platform, re, shlex, subprocess, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Callable, Optional, get_args
 import torch
 from torch import nn
 from fastcore.basics import patch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import letkd
+from .checkpoints import write_text
 from .data.batches import Augment, Batches
 from .data.cifar100 import cifar100
 from .data.digit_pairs import digit_pairs
@@ -31,8 +32,9 @@ from .matching import perplexity
 from .models import create_model
 from .models.folding import channels_last, inference_form
 from .models.pairs import pair_taps
+from .processes import agreed, processes, rank
 from .taps import resolve
-from .training import SCHEDULES, Training, train, write_text
+from .training import SCHEDULES, Training, conditions, train
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Experiment:
     weight_decay: float = 5e-4     # on every parameter
     augment: bool = True           # as the data set's entry says
     amp: bool = True               # bfloat16 on CUDA
+    sync_bn: bool = False          # batch normalisation over all processes, on CUDA
     train_size: Optional[int] = None # the first so many training images; None: all
     resolution: Optional[int] = None # pixels; None: the data set's own
     difficulty: float = 1.         # of DigitPairs
@@ -227,7 +230,7 @@ def _read(key: str, text, default): # a string from the command line, or a value
 
 # %% ../nbs/21_experiments.ipynb #aec20c0d
 _DATA = ('train_size', 'resolution', 'difficulty', 'eval_split')  # what makes the training images
-_SHARED = (*_DATA, 'augment', 'amp')                              # settings that teacher and student share
+_SHARED = (*_DATA, 'augment', 'amp', 'sync_bn')                   # settings that teacher and student share
 
 @patch
 def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `Images`, on the CPU
@@ -262,19 +265,25 @@ def of_teacher(self: Experiment) -> Experiment: # the run whose network is this 
     return Experiment.named(f'{self.dataset}/{self.teacher}', seed=self.teacher_seed, epochs=self.teacher_epochs, **shared)
 
 # %% ../nbs/21_experiments.ipynb #8a94c593
+def _sha(parts) -> str: # of (name, tensor or array) pairs
+    found = hashlib.sha256()
+    for name, value in parts:
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if torch.is_tensor(value) else value
+        found.update(name.encode()), found.update(value)
+    return found.hexdigest()
+
 def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 of a network's parameters and buffers, wherever they came from."
-    found = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return _sha(model.state_dict().items())
 
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with atomic(path) as part: save_file(state, part, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
+    data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
+    with atomic(path) as part: part.write_bytes(data)
 
+# %% ../nbs/21_experiments.ipynb #21a00009
 def load_module(module: nn.Module, path, **expected: str): # a module of the same kind; of `save_module`; what the file should say
     "Load what `save_module` wrote, all of it, and nothing else."
     tensors, found = read_tensors(path)
@@ -292,26 +301,25 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    "Fit a module once for each key."
+    "Fit a module once for each key; where there are several processes, the first one does it for all."
     path = Path(folder)/f'{digest(key)}.safetensors'
-    if path.exists(): load_module(module, path, key=json.dumps(key))
-    else:
-        build()
-        save_module(module, path, key=json.dumps(key))
+    def fit():
+        if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
+    agreed(fit)
+    load_module(module, path, key=json.dumps(key))
     return module
 
 # %% ../nbs/21_experiments.ipynb #8c00a7c9
 def environment(device: torch.device) -> dict: # what a number depends on besides the settings
     "Versions, machine and commit."
     import numpy, sklearn, torchvision
-    versions = dict(letkd=letkd.__version__, python=platform.python_version(), torch=torch.__version__,
+    found = conditions(device)
+    versions = dict(letkd=letkd.__version__, python=platform.python_version(), torch=found.pop('torch'),
                     torchvision=torchvision.__version__, numpy=numpy.__version__, sklearn=sklearn.__version__)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    return dict(versions=versions, device=name, threads=torch.get_num_threads(), system=platform.platform(), **_commit())
+    if device.type == 'cuda': versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    return dict(versions=versions, **found, deterministic=_deterministic(device), system=platform.platform(), **_commit())
 
-def _processor() -> str:
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
+def _deterministic(device: torch.device) -> bool: return device.type == 'cpu' or torch.are_deterministic_algorithms_enabled()
 
 def _commit() -> dict:
     "The commit of the package's own checkout; an installed package has none."
@@ -322,7 +330,21 @@ def _commit() -> dict:
         return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
+
 # %% ../nbs/21_experiments.ipynb #ede61eb8
+def data_hash(*splits) -> str: # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
+    "SHA-256 of what a run has seen; 64 hexadecimal digits."
+    parts = [(k, v) for split in splits for k, v in vars(split).items() if k in ('images', 'labels', 'names')]
+    return digest([_sha(parts), *(getattr(split, 'resolution', None) for split in splits)])
+
+@patch(as_prop=True)
+def command(self: Experiment) -> str: # for a shell
+    "What makes this run."
+    settings = [f'--set {shlex.quote(f"{k}={v}")}' for k, v in self.changed.items()]
+    return ' '.join(['letkd run', self.name, f'--seed {self.seed}', *settings])
+
+
+# %% ../nbs/21_experiments.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
     last, best = training.history[-1], max(training.history, key=lambda r: r['top1'])
     student = training.distiller.student
@@ -330,26 +352,33 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 eval_split=e.eval_split, top1_last=last['top1'], top1_best=best['top1'], epoch_best=best['epoch'],
                 top5_last=last['top5'], train_top1=last['train_top1'], epochs=e.epochs,
                 seconds=round(training.seconds, 1), parameters=sum(p.numel() for p in student.parameters()),
-                target_perplexity=perplexities, changed=e.changed, settings=asdict(e), **made,
-                curve=[round(r['top1'], 3) for r in training.history], time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                target_perplexity=perplexities, changed=e.changed, settings=asdict(e), command=e.command, **made,
+                student_hash=weights_hash(student), curve=[round(r['top1'], 3) for r in training.history],
+                steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
 # %% ../nbs/21_experiments.ipynb #f09112b9
+def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
 def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
             quiet: bool = False,          # no progress, should a teacher have to be trained
+            checkpoint_every: str = '5m', # see `letkd.checkpoints.Every`
            ) -> tuple:                    # (Training, training images as `Batches` in order, what the record says of the teacher)
     "Everything a run needs, before its first step. Draws from the global generator."
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
-    teacher, made = _teacher(e, len(images.classes), out, device, quiet)
+    batches = entry.batches(images, e.batch_size, entry.augment if e.augment else None, shuffle=True, drop_last=True, seed=e.seed,
+                            share=(rank(), processes()))
+    teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
     torch.manual_seed(e.seed)
     student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
-    batches = entry.batches(images, e.batch_size, entry.augment if e.augment else None, shuffle=True, drop_last=True, seed=e.seed)
     if teacher: teacher = inference_form(teacher, [tap for term in terms for tap in term.teacher_taps])
-    training = Training(Distiller(student, teacher, terms).to(device), batches, e.epochs, e.lr, e.schedule, e.milestones,
+    distiller = Distiller(student, teacher, terms).to(device)
+    if e.sync_bn and device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones,
                         e.momentum, e.weight_decay, e.amp)
     return training, plain, made
 
@@ -358,20 +387,37 @@ def run(e: Experiment,                # what to run
         out = 'runs',                 # folder of all runs
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
+        checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     folder = Path(out)/e.folder
-    if (folder/'record.json').exists(): return read_record(folder/'record.json')
+    if done := agreed(lambda: _finished(folder)): return done
+    if e.sync_bn and _device(device).type != 'cuda':
+        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
-        training, plain, made = prepare(e, out, device, quiet)
+        training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
+        agreed(lambda: _announce(e, folder, quiet))
         perplexities = _perplexities(training.distiller, plain)
         if not e.augment: training.distiller.remember(plain, len(plain.images))
-        write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
-        unseen = DATASETS[e.dataset].batches(e.load(e.eval_split).to(training.device), 500)
-        train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet)
+        images = e.load(e.eval_split)
+        unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
+        train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
+    made['data_hash'] = data_hash(plain.images, images)
+    return agreed(lambda: _finish(e, training, folder, perplexities, made))
+
+# %% ../nbs/21_experiments.ipynb #21a00003
+def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
+    return read_record(folder/'record.json') if (folder/'record.json').exists() else None
+
+def _announce(e: Experiment, folder: Path, quiet: bool):
+    if processes() > 1 and not quiet:
+        print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, {e.batch_size // processes()} images each; '
+              f'learning rate {e.lr:g}, as with one process', flush=True)
+    if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
+
+def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
-    record = _record(e, training, perplexities, made)
-    write_text(folder/'record.json', json.dumps(record, indent=1) + '\n')
+    write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 
 # %% ../nbs/21_experiments.ipynb #175d72d9
@@ -385,11 +431,11 @@ def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Disti
     return training.distiller.eval()
 
 # %% ../nbs/21_experiments.ipynb #d0e21649
-def _teacher(e: Experiment, classes: int, out, device, quiet) -> tuple: # (network or None, what the record says of it)
+def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
-        record = run(e.of_teacher(), out, str(device), quiet)
+        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record.get('top1_last'))
@@ -423,3 +469,28 @@ def read_record(path) -> dict: # a record.json
     for key, values in dict(curve=curve, target_perplexity=taps.values()).items():
         if not all(_fits(v, float) for v in values): raise ValueError(f'{path}: not a record: {_misfit(key, values, "numbers")}')
     return record
+
+# %% ../nbs/21_experiments.ipynb #21a00005
+_CONDITIONS = ('device', 'threads', 'processes', 'deterministic', 'system', 'commit', 'data_hash', 'teacher_hash')
+
+def differences(record: dict, again: dict) -> list: # two records; returns lines, 'what: one, other'
+    "What made two records differ, as far as they say."
+    flat = lambda r: {k: r.get(k) for k in _CONDITIONS} | r.get('versions', {})
+    one, other = flat(record), flat(again)
+    found = [f'{k}: {one[k]}, now {other.get(k)}' for k in one if one[k] is not None and one[k] != other.get(k)]
+    dirty = ['the tree had changes that are in no commit'] if record.get('dirty') or again.get('dirty') else []
+    unsteady = ['the conditions changed while it ran'] if not (record.get('steady', True) and again.get('steady', True)) else []
+    vague = ['CUDA without deterministic algorithms: no two runs need be equal'] if again.get('deterministic') is False else []
+    return found + dirty + unsteady + vague
+
+# %% ../nbs/21_experiments.ipynb #21a00006
+def compare(record: dict, # as published
+            again: dict,  # as made now
+           ) -> tuple:    # (is it as good as can be promised?, lines that say how it compares)
+    "Is the second the first, made again?"
+    differ = differences(record, again)
+    if record.get('student_hash') == again['student_hash']: return True, ['equal to the last bit: the student has the same hash']
+    top1 = f"top-1 {record['top1_last']:.2f} % then, {again['top1_last']:.2f} % now, {again['top1_last'] - record['top1_last']:+.2f}"
+    why = 'the record is older than the hash of the student' if 'student_hash' not in record else 'not equal to the last bit'
+    known = [f'  {line}' for line in differ] or ['  nothing that the records say']
+    return 'student_hash' not in record or bool(differ), [f'{why}: {top1}', 'what differs:', *known]
