@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import letkd
-from .experiments import Experiment, nearest
-from .methods import method_options
+from .experiments import Experiment
+from .methods import method_options, nearest
 from .tables import block, experiment_of, new_figure, row_of
 
 # %% ../nbs/24_published.ipynb #2ee432aa
