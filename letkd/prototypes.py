@@ -49,6 +49,7 @@ def checked(stream: Iterable,              # pairs of rows (N x C, any device) a
             labelled: bool = False,        # are the labels needed?
             classes: Optional[int] = None, # number of classes, where it is known
             progress: str = '',            # title of the progress bar; none where empty
+            devices: Optional[set] = None, # told where the rows come from
            ) -> Iterable[tuple]:           # (rows,) or (rows, labels), on the CPU, rows in float32 at least
     "The pieces of a stream, each examined as it passes."
     channels, total = None, 0
@@ -60,6 +61,7 @@ def checked(stream: Iterable,              # pairs of rows (N x C, any device) a
         rows, labels = piece
         _check_rows(rows, channels, where)
         channels, total = rows.shape[1], total + len(rows)
+        if devices is not None: devices.add(rows.device)
         rows = precise(rows.detach().cpu())
         if bad := int((~rows.isfinite()).any(1).sum()):
             raise ValueError(f'{where}: found {bad} of {len(rows)} rows with NaN or infinity; expected finite numbers')
@@ -137,6 +139,29 @@ def _lloyd(x, weights, centres, max_iter: int, progress: str) -> tuple: # centre
     bar.close()
     return centres, inertia
 
+# %% ../nbs/06_prototypes.ipynb #c92d41f6
+def _pass(x: Tensor, weights: Tensor, centres: Tensor) -> tuple: # sums K x C, masses K, squared distances N
+    "One look at all rows, a tile at a time."
+    half, sums, mass, low = centres.square().sum(1) / 2, torch.zeros_like(centres), centres.new_zeros(len(centres)), []
+    tile = max(1, 2**24 // len(centres))
+    for rows, w in zip(x.split(tile), weights.split(tile)):
+        score, own = torch.addmm(half, rows, centres.T, alpha=-1).min(1)
+        share = rows.new_zeros(len(rows), len(centres)).scatter_(1, own[:, None], w[:, None])
+        sums.addmm_(share.T, rows); mass += share.sum(0)
+        low.append(2 * score + rows.square().sum(1))
+    return sums, mass, torch.cat(low).clamp_(min=0)
+
+# %% ../nbs/06_prototypes.ipynb #07c3e8d5
+def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int, progress: str) -> tuple: # centres, mean squared distance
+    "Lloyd's iterations on the device of `x`, as scikit-learn makes them: empty clusters go to the farthest rows."
+    enough = 1e-4 * x.var(0, correction=0).mean()
+    for _ in tqdm(range(max_iter), progress, disable=None if progress else True, leave=False, unit='iteration'):
+        sums, mass, far = _pass(x, weights, centres)
+        old, centres, empty = centres, sums / mass.clamp(min=1e-30)[:, None], (mass == 0).nonzero()[:, 0]
+        if len(empty): centres[empty] = x[far.topk(len(empty)).indices]
+        if (centres - old).square().sum() <= enough: break
+    return centres, ((_pass(x, weights, centres)[2] * weights).double().sum() / weights.double().sum()).item()
+
 # %% ../nbs/06_prototypes.ipynb #33b0c018
 @one_thread()
 def kmeans(rows: Tensor,           # N x C
@@ -144,8 +169,9 @@ def kmeans(rows: Tensor,           # N x C
            max_iter: int = 20,     # Lloyd iterations, as in QuEST
            seed: int = 0,          # of the start
            progress: str = '',     # title of the progress bar; none where empty
+           device = 'cpu',         # where the iterations run; on the CPU they are scikit-learn's
           ) -> tuple:              # (K x C centres in float64, mean squared distance of a row to its centre)
-    "scikit-learn's K-means, the same on any number of threads."
+    "K-means, the same on any number of threads."
     x, weights = distinct(rows)
     if len(x) < clusters:
         warnings.warn(f'K-means: found {len(x)} distinct rows; expected {clusters} or more, the number of clusters. '
@@ -155,7 +181,10 @@ def kmeans(rows: Tensor,           # N x C
     x = np.subtract(x, mean, out=x, casting='same_kind').astype(np.float32, copy=False)
     start = np.random.default_rng(seed).permutation(len(x))[:max(10 * clusters, 10000)]
     centres, _ = kmeans_plusplus(x[start], clusters, sample_weight=weights[start], random_state=seed)
-    centres, inertia = _lloyd(x, weights, centres, max_iter, progress)
+    if torch.device(device).type == 'cpu': centres, inertia = _lloyd(x, weights, centres, max_iter, progress)
+    else:
+        centres, inertia = _lloyd_in_tiles(*(torch.from_numpy(a).to(device, torch.float32) for a in (x, weights, centres)), max_iter, progress)
+        centres = centres.cpu().numpy()
     return torch.from_numpy(centres.astype(np.float64) + mean), inertia
 
 # %% ../nbs/06_prototypes.ipynb #adb13600
@@ -225,11 +254,12 @@ class KMeansPrototypes(Supervision):
     def extra_repr(self) -> str: return f'num_prototypes={self.num_prototypes}, tau={self.tau:g}'
 
     def fit(self, stream: Iterable): # (rows, labels) pairs, read once; labels are not looked at
-        rows, = sample(checked(stream, progress='teacher features'), self.memory, self.seed)
+        devices = set()
+        rows, = sample(checked(stream, progress='teacher features', devices=devices), self.memory, self.seed)
         if len(rows) < self.num_prototypes:
             raise ValueError(f'KMeansPrototypes: found {len(rows)} rows (memory = {self.memory:,} bytes); '
                              f'expected at least num_prototypes = {self.num_prototypes}')
-        centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed, progress='K-means')
+        centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed, 'K-means', devices.pop())
         self.prototypes, self.inertia = centres.float(), torch.tensor(inertia)
         return self
 

@@ -27,18 +27,15 @@ class Moments:
             rows: Tensor,   # N x C
             labels: Tensor, # N class labels
            ):
-        x, y = rows.double().numpy(), labels.numpy()
         if self.shift is None:
-            self.shift, c = x[0].copy(), x.shape[1]
+            self.shift, c = rows[0].double().numpy().copy(), rows.shape[1]
             self.counts, self.sums, self.products = np.zeros(0, int), np.zeros((0, c)), np.zeros((c, c))
-        x = x - self.shift
-        new = max(0, y.max() + 1 - len(self.counts))
-        self.counts, self.sums = np.pad(self.counts, (0, new)), np.pad(self.sums, ((0, new), (0, 0)))
-        order = y.argsort(kind='stable')
-        present, start, n = np.unique(y[order], return_index=True, return_counts=True)
-        self.counts[present] += n
-        self.sums[present] += np.add.reduceat(x[order], start)
-        self.products += x.T @ x
+        n = np.bincount(labels.numpy(), minlength=len(self.counts))
+        new = len(n) - len(self.counts)
+        self.counts, self.sums = np.pad(self.counts, (0, new)) + n, np.pad(self.sums, ((0, new), (0, 0)))
+        x = rows.double() - torch.from_numpy(self.shift)
+        torch.from_numpy(self.sums).index_add_(0, labels, x)
+        self.products += x.numpy().T @ x.numpy()
 
 # %% ../nbs/07_subclasses.ipynb #f1056628
 @patch

@@ -38,12 +38,15 @@ def resolve(
     tap: str          # a module path as `named_modules()` prints it, or that and `':input'`
 ) -> nn.Module:       # the module at that path
     "The module that a tap names."
-    path, _ = _split(tap)
+    path, at_input = _split(tap)
     try: module = model.get_submodule(path)
     except AttributeError:
         known = [name for name, m in model.named_modules() if name and _is_called(m)]
         near = difflib.get_close_matches(path, known, n=4, cutoff=0.4) or known
         raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: {_names(near)}') from None
+    if getattr(module, 'hidden', None) == ('input' if at_input else 'output'):
+        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer before it, and this map is another now; '
+                         f'name the tap when folding: inference_form(model, taps=[{tap!r}])')
     if _is_called(module): return module
     members = [f'{path}.{name}'.lstrip('.') for name, _ in module.named_children()]
     raise ValueError(f'tap {tap!r}: a {type(module).__name__} is never called, no map passes it; '
