@@ -129,7 +129,7 @@ def _taps(value, default: tuple) -> bool: # a pair of taps, or a tuple of such p
     return [*map(type, value)] == [str, str] if isinstance(default[0], str) else all(_taps(v, default[0]) for v in value)
 
 def _misfit(key: str, value, kind) -> ValueError:
-    return ValueError(f'{key}: found {value!r:.80}; expected {getattr(kind, "__name__", kind)}'.replace('typing.', ''))
+    return ValueError(f'{key}: found {value!r:.80}; expected {kind.__name__ if isinstance(kind, type) else kind}'.replace('typing.', ''))
 
 # %% ../nbs/21_experiments.ipynb #8b02e59f
 def _check_fields(e: Experiment):
@@ -215,7 +215,7 @@ def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of t
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
-    if isinstance(text, str) and not isinstance(default, str):
+    if isinstance(text, str) and not isinstance(default, str) and key != 'teacher_checkpoint':  # of any name
         try: value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)

@@ -115,6 +115,17 @@ def load_state_dict(self: Training, state: dict):
         if self.device.type == 'cuda' and 'cuda' in own: torch.cuda.set_rng_state(own['cuda'], self.device)
     self.note(state['conditions'])
 
+# %% ../nbs/20_training.ipynb #2909729c
+@patch
+def resume(self: Training, kept: Checkpoints): # of the run's folder
+    "Go on from the newest checkpoint, if there is one."
+    state = kept.load()
+    if state is None: return
+    try: self.load_state_dict(state)
+    except Exception as e:  # whatever a checkpoint of something else holds
+        what = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f'{kept.folder}: the newest checkpoint is one of another run or version ({what}); delete it, or choose another folder') from None
+
 # %% ../nbs/20_training.ipynb #20a10004
 @patch
 def step(self: Training, images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor): # a batch, or this process's share of it
@@ -165,7 +176,7 @@ def train(training: Training,        # what to train
     "Train to the last epoch, from the newest checkpoint in `folder` if there is one."
     every, kept = Every(checkpoint_every), Checkpoints(folder)
     with locked(folder), Signals() as signals:
-        if state := kept.load(): training.load_state_dict(state)
+        training.resume(kept)
         with Progress(title, training, quiet or rank() > 0) as progress:
             while training.epoch < training.epochs:
                 try:

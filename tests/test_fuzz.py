@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
+from letkd.checkpoints import Checkpoints, _sum
 from letkd.cli import main
 from letkd.data import cifar100, imagenet, tiny_imagenet
 from letkd.data.batches import Batches, Images
@@ -323,8 +324,6 @@ class Supervisions(Supervision):
 
 class Run:
     "A run's checkpoint, damaged, and as somebody may forge it: its name says the right checksum."
-    def __init__(self): self.checkpoints = pytest.importorskip('letkd.checkpoints', reason='checkpoints with checksums are to come')
-
     def training(self):
         torch.manual_seed(0)
         images = Images(torch.zeros(8, 3, 4, 4).byte(), torch.arange(8) % 2)
@@ -341,10 +340,9 @@ class Run:
         data, run = (folder/'state.pt').read_bytes(), folder/'run'
         run.mkdir()
         try:
-            (run/f'checkpoint-00000001-{self.checkpoints._sum(data)}.pt').write_bytes(data)
-            (run/f'checkpoint-00000002-{self.checkpoints._sum(b"another")}.pt').write_bytes(data)
-            with contextlib.redirect_stderr(io.StringIO()): state = self.checkpoints.Checkpoints(run).load()
-            self.training().load_state_dict(state)
+            (run/f'checkpoint-00000001-{_sum(data)}.pt').write_bytes(data)
+            (run/f'checkpoint-00000002-{_sum(b"another")}.pt').write_bytes(data)
+            with contextlib.redirect_stderr(io.StringIO()): self.training().resume(Checkpoints(run))
         finally: shutil.rmtree(run)
 
 
@@ -511,7 +509,7 @@ def command(index, folder) -> str:
 @pytest.fixture
 def nothing_runs(monkeypatch, tmp_path):
     "`letkd.experiments.run` only looks where it would write."
-    def run(e, out='runs', device=None, quiet=False):
+    def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m'):
         folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
         assert folder.is_relative_to(out) and folder != out and '\0' not in e.folder and len(e.folder) < 250, e.folder
         assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))
