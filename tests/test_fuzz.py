@@ -466,10 +466,13 @@ def test_weights_that_are_no_numbers_do_not_teach(number, tmp_path):
 
 NETWORKS = ['resnet8', 'resnet14', 'resnet8x0.5', 'resnet20', 'wrn_16_1', 'shufflenetv1', 'vgg8', 'torchvision/resnet18', 'timm/vit', 'resnet9', 'resnet', '', '..', '-', 'resnet8x', 'resnet999999992']
 WORDS = ['run', 'table', 'sweep', 'demo', '--set', '--seed', '--out', '--device', '--quiet', '--seeds', '--dataset', '--pair', '--markdown', '--names', '--help', '--version', '--', '-h', '-1',
-         '=', '', ' ', '\n', '\0', '\udcff', 'nowhere', '0', '-0', '1e9', '9' * 5000, 'a' * 300, 'x' * 100_000, '٣', '½', 'cifar100', 'ablation/layers', 'ablation/', 'ablation/x']
+         '=', '', ' ', '\n', '\0', '\udcff', 'nowhere', '0', '-0', '1e9', '9' * 5000, 'a' * 300, 'x' * 100_000, '٣', '½', 'cifar100', 'ablation/layers', 'ablation/', 'ablation/x', 'reproduce', 'bench', '--json', '--checkpoint-every', '--deterministic', '--figure']
 TEXTS = ['', '0', '-1', '1', '2', '1e999', '-1e999', 'nan', 'inf', '1e-400', 'None', 'True', 'false', '()', '(', '(' * 10_000, '[' * 1000 + ']' * 1000, '9' * 5000, '1_0', '0x10', "'a'", "'", '{}',
          '{1: 2}', '1j', 'b"x"', '(.5, 2)', '("a", "b")', "('layer3', 3)", '__import__("os")', '1+1', '-' * 3000 + '1', '\0', '\ud800', '../../x', 'valid', 'test', 'a' * 10_000, '.5', '1e18', '0.1', '3.0']
 KEYS = [*Experiment.__dataclass_fields__, 'num_prototypes', 'tau', 'alpha_penultimate', 'per_class', 'temperature', 'stages', 'kernels', 'x', '', 'a' * 1000, '__class__', 'self', 'name', 'cls', 'options']
+
+
+STUDIES = ['cifar100', 'imagenet', 'ablation/layers', 'ablation/capacity', 'ablation/subclasses', 'ablation/probe', 'ablation/cost', 'ablation/', 'x']
 
 
 def experiment_name(rng) -> str:
@@ -483,8 +486,9 @@ def words(rng) -> list:
     "A command line that may mean something, with some slips."
     settings = [w for _ in range(rng.choice((0, 0, 1, 2))) for w in ('--set', rng.choice(KEYS) + rng.choice(('=',) * 9 + ('', '==')) + rng.choice(TEXTS))]
     line = rng.choice([['run', experiment_name(rng), *settings], ['run', experiment_name(rng), *settings], ['table', rng.choice([*DATASETS, 'x'])],
-                       ['sweep', rng.choice(['cifar100', 'ablation/layers', 'ablation/capacity', 'imagenet', 'x']), *settings], ['demo', '--seeds', rng.choice(TEXTS)]])
-    line += rng.choice([[], ['--quiet'], ['--out', rng.choice(WORDS[:-8])], ['--seed', rng.choice(TEXTS)], ['--device', rng.choice(TEXTS)]])
+                       [rng.choice(['sweep', 'table']), rng.choice(STUDIES), *settings], ['reproduce', rng.choice(['record.json', 'nowhere.json', '', '.'])],
+                       ['demo', '--seeds', rng.choice(['1', '2', '0', *TEXTS])], ['bench', '--parts', rng.choice(['layer', 'x'])]])
+    line += rng.choice([[], [], ['--quiet'], ['--out', rng.choice(['', ' ', '\n', '\0', '\udcff', '9' * 5000, 'a' * 300, 'nowhere'])], ['--seed', rng.choice(TEXTS)], ['--device', rng.choice(TEXTS)]])
     for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
         i = rng.randrange(len(line) + 1)
         line[i:i + rng.randrange(2)] = [rng.choice(WORDS) if rng.random() < .7 or not line[i:] else mutated(line[i].encode('utf-8', 'surrogatepass'), rng).decode('utf-8', 'surrogateescape')]
@@ -499,7 +503,7 @@ def command(index, folder) -> str:
         with soon(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main(line)
     except SystemExit as left: code = left.code  # argparse
     said = err.getvalue()
-    assert code in (0, 2), f'{line}: exit code {code}'
+    assert code in (0, 2), f'{line!r:.300}: exit code {code}'
     usage = said.startswith('usage: ') and 'error: ' in said  # argparse has its own words
     if code and not usage: assert said.startswith('letkd: ') and said.count('\n') < 7 and len(said) < 2000 + len(''.join(line)), f'{line}: {said[:2000]}'
     assert tree(folder) == before, f'{line} has written'
@@ -515,7 +519,10 @@ def nothing_runs(monkeypatch, tmp_path):
         assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))
         return record(e.name) | dict(settings=json.loads(json.dumps(e.__dict__)), seed=e.seed)
     monkeypatch.setattr('letkd.experiments.run', run)
+    monkeypatch.setattr('letkd.probes.probe_run', run)
     monkeypatch.setattr('letkd.cli.demo_figures', lambda *_: [])
+    for name in ('_costs', 'bench_command'): monkeypatch.setattr(f'letkd.cli.{name}', lambda *_, **__: None)
+    (tmp_path/'record.json').write_text(json.dumps(record()))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
