@@ -144,7 +144,9 @@ def zip_of(members: dict) -> bytes:
 
 def photo(number, size=(64, 64), kind='JPEG', mode='RGB', **options):
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(size).convert(mode).save(file := io.BytesIO(), kind, **options)
+    image = Image.fromarray(pixels).resize(size)
+    image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257) if mode == 'I;16' else image.convert(mode)
+    image.save(file := io.BytesIO(), kind, **options)
     return file.getvalue()
 
 
