@@ -287,6 +287,21 @@ def test_images_that_are_no_numbers_end_the_run_and_spare_the_weights(data, meth
     assert all(v.equal(before[k]) for k, v in distiller.named_parameters())
 
 
+@pytest.mark.parametrize('momentum', [0., .9])
+def test_a_weight_may_get_its_first_gradient_late(momentum):
+    "As the classifier does in methods with a phase of their own; PyTorch's fused optimiser alone does not take that."
+    ours, plain = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    training = Training(Distiller(ours, None, [CrossEntropy()]), Given(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1])), 1, lr=.1, momentum=momentum)
+    expected = torch.optim.SGD(plain.parameters(), .1, momentum, weight_decay=5e-4, nesterov=momentum > 0)
+    for step in range(4):
+        for network, optimiser in ((ours, training.optimiser), (plain, expected)):
+            optimiser.zero_grad()
+            for p in [*network.parameters()][:2 if step < 2 else 4]: p.grad = p.detach() * (step + 1) + 1
+            optimiser.step()
+    for a, b in zip(ours.parameters(), plain.parameters()): torch.testing.assert_close(a, b)
+
+
 # Experiments
 
 VALUES = dict(seed=st.integers(0, 2**63 - 1), epochs=st.integers(1, 10**9), batch_size=st.integers(1, 10**6), lr=st.floats(1e-6, 10), momentum=st.floats(0, 1),
