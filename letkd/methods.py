@@ -14,7 +14,7 @@ from torch import nn
 from .baselines.ab import ab
 from .baselines.at import at
 from .baselines.crd import crd
-from .baselines.fitnet import fitnet
+from .baselines.fitnet import fitnet, fitnet2
 from .baselines.fsp import fsp
 from .baselines.simkd import simkd
 from .baselines.sp import sp
@@ -23,8 +23,8 @@ from .baselines.vid import vid
 from .distiller import CrossEntropy, Setup, dkd, kd, layer, letkd1, letkd2, letkd_intermediate, quest
 
 # %% ../nbs/19_methods.ipynb #ed24e070
-METHODS = dict(kd=kd, fitnet=fitnet, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd, tdd=tdd,
-               quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer)  # what may stand in a sum, by name
+METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd,
+               tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer)  # what may stand in a sum, by name
 # (cross-entropy, method) of rows whose weights are not 1; TDD brings KD of weight .9 with it
 WEIGHTS = {'kd': (.1, .9), 'simkd': (0., 1.), 'tdd': (.1, 1.), 'tdd+crd': (.1, 1.)}
 

@@ -94,9 +94,13 @@ def test_table_of_what_was_run(out):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=many'], 'expected int'),
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
+    (['run', 'digit_pairs/resnet8-resnet8x0.5/letkd1', '--set', "penultimate=('layer4', 'layer3')"], "nearest: 'layer3'"),
     (['table', 'cifar'], 'cifar100'),
     (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
     (['reproduce', 'nowhere.json'], 'nowhere.json'),
+    (['table', 'ablation/layer'], 'ablation/layers'),
+    (['sweep', 'ablation/costs'], 'ablation/cost'),
+    (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -120,6 +124,35 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
 
 
+def test_what_no_data_can_fill_is_refused_with_both_numbers(out, capsys):
+    "The teacher is there; the prototypes would be more than its pixels, the sub-classes more than a class has."
+    from letkd.cli import main
+    pairs = [word for item in dict(SMALL, num_prototypes=10**6).items() for word in ('--set', '{}={}'.format(*item))]
+    assert main(['run', NAME, '--out', str(out), '--quiet', *pairs]) == 2
+    assert 'found 9600 rows' in (error := capsys.readouterr().err) and 'num_prototypes = 1000000' in error
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(settings=dict(colour='red')), "found settings ['colour']"), (dict(settings=dict(method='letkd7')), 'nearest: letkd'),
+    (dict(settings=dict(options=dict(taus=1.))), 'nearest: tau'), (dict(settings=dict(dataset='cifar1000')), 'nearest: cifar100'),
+    (dict(settings=None), 'not a record of this version')])
+def test_a_record_of_another_version_is_named(change, says, out, tmp_path, capsys):
+    from letkd.cli import main
+    path, record = record_of(out)
+    settings = change['settings']
+    record = {k: v for k, v in record.items() if k != 'settings'} if settings is None else dict(record, settings=record['settings'] | settings)
+    (tmp_path/'record.json').write_text(json.dumps(record))
+    assert main(['table', 'digit_pairs', '--out', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and 'record.json' in error and error.count('\n') == 1
+
+
+def test_the_cost_of_a_layer_needs_no_run(capsys):
+    from letkd.cli import main
+    assert main(['sweep', 'ablation/cost', '--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8x0.5']) == 0
+    assert 'penultimate' in (table := capsys.readouterr().out) and '+2.0 %' in table
+
+
 def test_a_reader_may_leave_a_pipe():
     with subprocess.Popen(command('table', 'cifar100', '--out', 'nowhere'), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
@@ -131,12 +164,34 @@ def test_a_reader_may_leave_a_pipe():
 @pytest.mark.parametrize('study, options', [
     ('cifar100', dict(num_prototypes=16, num_negatives=32)), ('ablation/clusters', dict(num_prototypes=16)),
     ('ablation/layers', dict(num_prototypes=16)), ('ablation/capacity', dict(num_prototypes=16, num_templates=16)),
-    ('ablation/subclasses', dict(num_prototypes=16))])
+    ('ablation/subclasses', dict(num_prototypes=16)), ('ablation/naive', dict(num_prototypes=16)),
+    ('ablation/probe', dict(num_prototypes=16))])
 def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
     "At a miniature scale, on a pair of one width, because FSP wants that; one teacher serves all studies."
     from letkd.cli import main
     out = tmp_path_factory.getbasetemp()/'studies'
     settings = dict(options, epochs=1, teacher_epochs=1, train_size=1280)
     pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
-    code = main(['sweep', study, '--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), '--quiet', *pairs])
-    assert code == 0, capsys.readouterr().err
+    where = ['--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), *pairs]
+    code, printed = main(['sweep', study, *where, '--quiet']), capsys.readouterr()
+    assert code == 0, printed.err
+    if '/' not in study: return
+    assert main(['table', study, *where]) == 0
+    table = capsys.readouterr().out
+    assert table in printed.out and 'published' in table and '(1)' in table
+
+
+def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
+    "Every part, in a few seconds; the file is JSON, and no record of a run."
+    from letkd import bench
+    from letkd.cli import main
+    from letkd.tables import read_records
+    tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
+                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6))
+    monkeypatch.setattr(bench, 'QUICK', tiny)
+    assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
+    record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
+    assert record['kind'] == 'bench' and record['versions']['torch'] and record['threads'] == 1
+    assert all(row['seconds'] > 0 and row['low'] <= row['seconds'] <= row['high'] for row in record['rows'])
+    for word in (*bench.PARTS, 'letkd1 after', 'images/s', 'targets'): assert word in said, word
+    assert read_records(tmp_path) == []
