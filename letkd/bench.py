@@ -37,7 +37,9 @@ from .prototypes import KMeansPrototypes, blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
 from .taps import capture, rows
-from .training import Meter, Training, write_text
+from .checkpoints import write_text
+from .meters import Meter
+from .training import Training
 
 # %% ../nbs/25_bench.ipynb #b2d7bdca
 def _now(device: torch.device) -> float: # seconds

@@ -284,8 +284,7 @@ def save_module(module: nn.Module, path, **about: str): # any module; where; wha
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)
 
-
-# %% ../nbs/21_experiments.ipynb #21a00009
+# %% ../nbs/21_experiments.ipynb #5e899897
 def load_module(module: nn.Module, path, **expected: str): # a module of the same kind; of `save_module`; what the file should say
     "Load what `save_module` wrote, all of it, and nothing else."
     tensors, found = read_tensors(path)
@@ -298,6 +297,7 @@ def load_module(module: nn.Module, path, **expected: str): # a module of the sam
         if (sum := weights_hash(module)) != about.get('sha256', sum): raise ValueError(f'found SHA-256 {sum}; expected {about["sha256"]}')
     except Exception as e: raise ValueError(f'{path}: {e}. Delete it, and it is made again') from None  # anything may be in a stranger's file
 
+# %% ../nbs/21_experiments.ipynb #21a00009
 def cached(folder,            # where fitted modules are kept
            key: dict,         # everything the result depends on
            module: nn.Module, # not fitted yet

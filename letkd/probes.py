@@ -73,7 +73,7 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
               out = 'runs',                 # folder of all runs
               device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
               quiet: bool = False,          # no progress
-              checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+              checkpoint_every: str = '5m', # within an epoch, as for `run`
              ) -> dict:                     # its record, with `probe`
     "Run an experiment if need be, probe its student on training and test images, and note it in the record."
     record, path = run(e, out, device, quiet, checkpoint_every), Path(out)/e.folder/'record.json'

@@ -96,11 +96,11 @@ def test_table_of_what_was_run(out):
     (['run', '../../etc/passwd'], 'expected a name'),
     (['run', 'digit_pairs/resnet8-resnet8x0.5/letkd1', '--set', "penultimate=('layer4', 'layer3')"], "nearest: 'layer3'"),
     (['table', 'cifar'], 'cifar100'),
-    (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
-    (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['table', 'ablation/layer'], 'ablation/layers'),
     (['sweep', 'ablation/costs'], 'ablation/cost'),
     (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
+    (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
+    (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):

@@ -7,7 +7,9 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -30,9 +32,9 @@ from letkd.data import cifar100, imagenet, tiny_imagenet
 from letkd.data.batches import Batches, Images
 from letkd.data.files import md5_of, read_tensors
 from letkd.distiller import Distiller
-from letkd.experiments import DATASETS, Experiment, cached, digest, save_module
+from letkd.experiments import DATASETS, Experiment, cached, digest, load_run, read_record, run, save_module
 from letkd.methods import METHODS, CrossEntropy
-from letkd.models.zoo import load_weights, read_checkpoint
+from letkd.models.zoo import create_model, load_weights, read_checkpoint
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
 from letkd.subclasses import SubClasses
 from letkd.tables import STYLES, format_table, read_records, summary
@@ -409,6 +411,57 @@ def test_a_damaged_file_is_one_clear_error(name, tmp_path, monkeypatch, capsys):
     with capsys.disabled() if LONG else contextlib.nullcontext(): print(f'\n{name}: {outcomes}, {len(failures)} failures')
     assert not failures, '\n\n'.join(failures.values())
     assert outcomes.get('ValueError', 0) > 10, f'the mutations do no damage: {outcomes}'
+
+
+# Programs
+
+class Program:
+    "Its pickle creates a file when it is opened."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def evil(path, kind) -> bytes:
+    state = {'model': {'fc.weight': torch.zeros(10, 64), 'fc.bias': Program(path)}}
+    if kind == 'plain': return pickle.dumps(state, protocol=2)
+    torch.save(state, file := io.BytesIO(), _use_new_zipfile_serialization=kind == 'zip')
+    return file.getvalue()
+
+
+MINI = dict(epochs=1, teacher_epochs=1, train_size=200, batch_size=100, eval_split='valid')
+
+
+@pytest.mark.parametrize('kind', ['zip', 'old', 'plain'])
+def test_no_program_is_run(kind, tmp_path):
+    "Wherever a checkpoint, a cached supervision, a decoded data set or a student may lie."
+    run_it, bad = tmp_path/'was run', evil(tmp_path/'was run', kind)
+    for name in ('a.pth', 'a.safetensors', 'ckpt', f'{tiny_imagenet.NAME}.safetensors', 'a.json'): (tmp_path/name).write_bytes(bad)
+    e = Experiment.named('digit_pairs/resnet8-resnet8x0.5/kd', teacher_checkpoint=str(tmp_path/'a.pth'), **MINI)
+    done = tmp_path/'runs'/e.folder
+    done.mkdir(parents=True)
+    for name in ('checkpoint.pt', 'student.safetensors'): (done/name).write_bytes(bad)
+    alone = Experiment.named('digit_pairs/resnet8x0.5', **MINI)
+    (tmp_path/'runs'/alone.folder).mkdir(parents=True)
+    (tmp_path/'runs'/alone.folder/'student.safetensors').write_bytes(bad)
+    ways = [lambda: read_checkpoint(tmp_path/'a.pth'), lambda: read_checkpoint(tmp_path/'a.safetensors'), lambda: create_model('resnet8', 10, tmp_path/'ckpt'),
+            lambda: create_model('resnet34', 10, tmp_path/'a.pth'), lambda: tiny_imagenet.tiny_imagenet('test', root=tmp_path), lambda: run(e, tmp_path/'runs', quiet=True),
+            lambda: load_run(alone, tmp_path/'runs'), lambda: read_record(tmp_path/'a.json')]
+    for way in ways:
+        with pytest.raises(ValueError, match=str(tmp_path)): way()
+    assert not run_it.exists()
+    if kind != 'plain': torch.load(io.BytesIO(bad), weights_only=False)
+    else: pickle.loads(bad)
+    assert run_it.exists(), 'it is no program'
+
+
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+def test_weights_that_are_no_numbers_do_not_teach(number, tmp_path):
+    state = create_model('resnet8', 100).state_dict()
+    state['layer2.0.conv1.weight'][0, 0, 0, 0] = number
+    (tmp_path/'teacher.safetensors').write_bytes(save({k: v.contiguous() for k, v in state.items()}))
+    e = Experiment.named('digit_pairs/resnet8-resnet8x0.5/kd', teacher_checkpoint=str(tmp_path/'teacher.safetensors'), **MINI)
+    with pytest.raises(ValueError, match='no finite numbers: layer2.0.conv1.weight'): run(e, tmp_path/'runs', quiet=True)
+    assert not list(tmp_path.rglob('*.json'))
 
 
 # Command lines

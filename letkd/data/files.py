@@ -49,10 +49,12 @@ def make_folder(folder: Path): # and those above it
     if not os.access(folder, os.W_OK): raise PermissionError(f'{folder}: no permission to write there; choose another place')
 
 # %% ../../nbs/data/files.ipynb #9968d215
+_PATIENCE = 10  # seconds of silence
+
 def _receive(url: str, path: Path, about: str) -> Iterator[bytes]:
     "What lies at `url`, in pieces of a megabyte."
     try:
-        with urlopen(url, timeout=10) as response:
+        with urlopen(url, timeout=_PATIENCE) as response:
             while piece := response.read(1 << 20): yield piece
     except (OSError, HTTPException) as e:
         reason = getattr(e, 'reason', None) or str(e) or type(e).__name__
