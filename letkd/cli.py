@@ -25,9 +25,11 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
         raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of its own; see letkd run --help')
     return settings
 
-def _count(seeds: int): # of a demo or a sweep
+def _count(seeds: int) -> int: # of a demo or a sweep
     if not 1 <= seeds <= 1000: raise ValueError(f'--seeds: found {seeds}; expected 1 .. 1000')
+    return seeds
 
+# %% ../nbs/26_cli.ipynb #26a00009
 def run_command(name: str,                    # data set/teacher-student/method, or data set/network
                 seed: int = 0,                # of weights, order and augmentation
                 out: str = 'runs',            # folder of all runs
@@ -106,8 +108,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     from letkd.probes import probe_run
     from letkd.published import study
     from letkd.tables import format_table, summary
-    _count(seeds)
-    experiments, records, failed = study(name, dataset, pair, seeds, **_settings(settings)), [], []
+    experiments, records, failed = study(name, dataset, pair, _count(seeds), **_settings(settings)), [], []
     for i, e in enumerate(experiments):
         print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
         try: records.append((probe_run if name == 'ablation/probe' else run)(e, out, device, quiet, checkpoint_every))
