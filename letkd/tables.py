@@ -42,9 +42,9 @@ def read_records(*places # folders or files
     for path in [path for place in places for path in _files(Path(place))]:
         record = read_record(path)
         try: key = experiment_of(record)
-        except (ValueError, RecursionError) as error: raise ValueError(f'{path}: {error}') from None
+        except (ValueError, RecursionError) as error: raise ValueError(f'{path}: {error!s:.500}') from None
         if (said := (record['name'], record['seed'])) != (key.name, key.seed):
-            raise ValueError(f'{path}: found the record of {said[0]} seed {said[1]} with the settings of {key.name} seed {key.seed}')
+            raise ValueError(f'{path}: found the record of {said[0]:.80} seed {said[1]} with the settings of {key.name} seed {key.seed}')
         if key not in found or record.get('time', '') > found[key].get('time', ''): found[key] = record
     return sorted(found.values(), key=lambda r: (r['name'], r['seed']))
 

@@ -100,6 +100,9 @@ def fetch(url: str,  # where it is published
     return path
 
 # %% ../../nbs/data/files.ipynb #00e1a14a
+def _line(text) -> str: # of another library's error: what it says, without its stack and the half of the file that it may quote
+    return f'{(str(text).splitlines() or [""])[0]:.200}'
+
 def _of_folder(path):
     for p in sorted(path.rglob('*')):
         if p.is_file(): yield p.relative_to(path.parent).as_posix(), 0, p.read_bytes
@@ -135,11 +138,9 @@ def contents(path,             # of a .zip, a .tar, a compressed .tar, or a fold
             if wanted(_inside(name)): yield name, get()
     except FileNotFoundError: raise FileNotFoundError(f'{path}: not found') from None
     except Exception as e:  # a decompressor of damaged bytes raises anything: OSError, EOFError, zlib.error, RuntimeError …
-        raise ValueError(f'{path}: not a sound archive: {e or type(e).__name__}') from None
+        raise ValueError(f'{path}: not a sound archive: {_line(e) or type(e).__name__}') from None
 
 # %% ../../nbs/data/files.ipynb #1e0a5f83
-def _line(text) -> str: return (str(text).splitlines() or [''])[0] # of an error: what it says, without its stack
-
 def _pixels(image) -> Tensor: # 3 x H x W, of an opened image of Pillow
     if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits
     if image.mode == 'P': image = image.convert('RGBA')  # a palette may be transparent
@@ -165,7 +166,7 @@ class Pickled(ValueError): "A file that would have to be executed to be read."
 def _refused(path, e: Exception) -> ValueError:
     said = str(e).rpartition('WeightsUnpickler error:')[2].strip()  # PyTorch's own message begins with advice to trust the file
     if found := re.search(r'GLOBAL ([\w.]+)', said):
-        return Pickled(f'{path} holds Python objects ({found[1]}), and opening such a pickle could run any program, so it was not opened')
+        return Pickled(f'{path} holds Python objects ({found[1]:.80}), and opening such a pickle could run any program, so it was not opened')
     return ValueError(f'{path}: no sound file of torch.save: {_line(said) or type(e).__name__}')
 
 def read_torch(path): # a file of `torch.save`; returns what was saved, tensors on the CPU
@@ -189,7 +190,7 @@ def read_tensors(path,             # a safetensors file
     try:
         with safe_open(path, 'pt') as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}, file.metadata() or {}
-    except Exception as e: raise ValueError(f'{path}: no sound safetensors file: {e}') from None
+    except Exception as e: raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
 
 # %% ../../nbs/data/files.ipynb #f64f8c57
 def _finite(text) -> float: # NaN, Infinity, 1e999 are refused
@@ -201,6 +202,6 @@ def read_json(path) -> dict: # of finite numbers, strings, true, false and null,
     data = Path(path).read_bytes()
     try: found = json.loads(data.decode('utf-8'), parse_constant=_finite, parse_float=_finite)
     except RecursionError: raise ValueError(f'{path}: not sound JSON: lists in lists without end') from None
-    except ValueError as e: raise ValueError(f'{path}: not sound JSON: {e}') from None
+    except ValueError as e: raise ValueError(f'{path}: not sound JSON: {_line(e)}') from None
     if isinstance(found, dict): return found
     raise ValueError(f'{path}: found {type(found).__name__}; expected an object of JSON, in braces')
