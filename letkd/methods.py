@@ -35,7 +35,7 @@ def nearest(kind: str,  # what is named
            ) -> ValueError: # to be raised
     "The error for a slip in a name: it lists what is like it."
     near = difflib.get_close_matches(str(name), list(known), n=4, cutoff=.5)
-    return ValueError(f'{kind}: found {name!r}; {"nearest" if near else "known"}: {", ".join(near or known)}')
+    return ValueError(f'{kind}: found {str(name)[:80]!r}; {"nearest" if near else "known"}: {", ".join(near or known)}')
 
 # %% ../nbs/19_methods.ipynb #ee8fd410
 def addends(method: str) -> list: # the functions of METHODS, none for 'ce'

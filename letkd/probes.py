@@ -29,7 +29,7 @@ from .prototypes import KMeansPrototypes, one_thread
 from .subclasses import SubClasses
 from .tables import block
 from .taps import capture, evaluating, insert, rows
-from .training import write_text
+from .checkpoints import write_text
 
 # %% ../nbs/23_probes.ipynb #68aa205b
 def pooled(model: nn.Module,  # any network
@@ -73,9 +73,10 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
               out = 'runs',                 # folder of all runs
               device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
               quiet: bool = False,          # no progress
+              checkpoint_every: str = '5m', # within an epoch, as for `run`
              ) -> dict:                     # its record, with `probe`
     "Run an experiment if need be, probe its student on training and test images, and note it in the record."
-    record, path = run(e, out, device, quiet), Path(out)/e.folder/'record.json'
+    record, path = run(e, out, device, quiet, checkpoint_every), Path(out)/e.folder/'record.json'
     if 'probe' in record: return record
     distiller = load_run(e, out, device)
     where = next(distiller.student.parameters()).device

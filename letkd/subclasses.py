@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .matching import TableTarget, precise
-from .prototypes import Supervision, _check_labels, blocks, checked, distinct, kmeans, one_thread, sample
+from .prototypes import Supervision, _check_labels, blocks, checked, distinct, kmeans, misfits, one_thread, sample
 
 # %% ../nbs/07_subclasses.ipynb #2864495a
 class Moments:
@@ -27,18 +27,15 @@ class Moments:
             rows: Tensor,   # N x C
             labels: Tensor, # N class labels
            ):
-        x, y = rows.double().numpy(), labels.numpy()
         if self.shift is None:
-            self.shift, c = x[0].copy(), x.shape[1]
+            self.shift, c = rows[0].double().numpy().copy(), rows.shape[1]
             self.counts, self.sums, self.products = np.zeros(0, int), np.zeros((0, c)), np.zeros((c, c))
-        x = x - self.shift
-        new = max(0, y.max() + 1 - len(self.counts))
-        self.counts, self.sums = np.pad(self.counts, (0, new)), np.pad(self.sums, ((0, new), (0, 0)))
-        order = y.argsort(kind='stable')
-        present, start, n = np.unique(y[order], return_index=True, return_counts=True)
-        self.counts[present] += n
-        self.sums[present] += np.add.reduceat(x[order], start)
-        self.products += x.T @ x
+        n = np.bincount(labels.numpy(), minlength=len(self.counts))
+        new = len(n) - len(self.counts)
+        self.counts, self.sums = np.pad(self.counts, (0, new)) + n, np.pad(self.sums, ((0, new), (0, 0)))
+        x = rows.double() - torch.from_numpy(self.shift)
+        torch.from_numpy(self.sums).index_add_(0, labels, x)
+        self.products += x.numpy().T @ x.numpy()
 
 # %% ../nbs/07_subclasses.ipynb #f1056628
 @patch
@@ -249,6 +246,10 @@ def names(self: SubClasses,
 # %% ../nbs/07_subclasses.ipynb #4e3e2291
 @patch
 def _conflict(self: SubClasses, found: dict) -> str:
+    shapes = dict(mean='C', projection='Cd', eigenvalues='E', prototypes='Kd', transition='KK', sizes='YS')
+    if wrong := misfits(found, ('sizes',), **shapes): return wrong
+    if (k := len(found['prototypes'])) != found['sizes'].numel(): return f'found {k} prototypes and {found["sizes"].numel()} sizes'
+    if found['transition'].min() < 0 or (found['transition'].sum(1) - 1).abs().max() > 1e-3: return 'found a transition whose rows are no probabilities'
     (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]
     expected = min(self.num_dims, len(found['eigenvalues']))
     if per_class != self.per_class:

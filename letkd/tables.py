@@ -27,10 +27,12 @@ def experiment_of(record: dict # as `read_record` returns it
     "The experiment that made a record."
     settings = _tuples(record['settings'])
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
-        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {sorted(unknown)}, unknown to this "
+        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
                          'version; tabulate the record with the version that made it')
-    options = method_options(settings['method']) | settings['options']  # an option that is younger than the record
-    return Experiment(**dict(settings, options=options))
+    try:
+        options = method_options(settings['method']) | settings['options']  # an option that is younger than the record
+        return Experiment(**dict(settings, options=options))
+    except (TypeError, KeyError, AttributeError, RecursionError) as e: raise ValueError(f'found settings of no experiment ({e})') from None
 
 # %% ../nbs/22_tables.ipynb #e7dac4a1
 def read_records(*places # folders or files
@@ -40,7 +42,9 @@ def read_records(*places # folders or files
     for path in [path for place in places for path in _files(Path(place))]:
         record = read_record(path)
         try: key = experiment_of(record)
-        except ValueError as error: raise ValueError(f'{path}: {error}') from None
+        except (ValueError, RecursionError) as error: raise ValueError(f'{path}: {error}') from None
+        if (said := (record['name'], record['seed'])) != (key.name, key.seed):
+            raise ValueError(f'{path}: found the record of {said[0]} seed {said[1]} with the settings of {key.name} seed {key.seed}')
         if key not in found or record.get('time', '') > found[key].get('time', ''): found[key] = record
     return sorted(found.values(), key=lambda r: (r['name'], r['seed']))
 
@@ -49,7 +53,7 @@ def _files(place: Path) -> list:
     if not place.is_dir():
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
-    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json')
+    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json' and not path.name.startswith('bench'))
 
 # %% ../nbs/22_tables.ipynb #0b4a3c70
 _DEFAULT = {f.name: f.default for f in fields(Experiment) if f.name not in ('dataset', 'student', 'options')}

@@ -38,12 +38,15 @@ def resolve(
     tap: str          # a module path as `named_modules()` prints it, or that and `':input'`
 ) -> nn.Module:       # the module at that path
     "The module that a tap names."
-    path, _ = _split(tap)
+    path, at_input = _split(tap)
     try: module = model.get_submodule(path)
     except AttributeError:
         known = [name for name, m in model.named_modules() if name and _is_called(m)]
         near = difflib.get_close_matches(path, known, n=4, cutoff=0.4) or known
         raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: {_names(near)}') from None
+    if getattr(module, 'hidden', None) == ('input' if at_input else 'output'):
+        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer before it, and this map is another now; '
+                         f'name the tap when folding: inference_form(model, taps=[{tap!r}])')
     if _is_called(module): return module
     members = [f'{path}.{name}'.lstrip('.') for name, _ in module.named_children()]
     raise ValueError(f'tap {tap!r}: a {type(module).__name__} is never called, no map passes it; '
@@ -209,6 +212,10 @@ def grid_of(
                      'and register tokens (at most 16); reshape patches that form no square to B x C x H x W first')
 
 # %% ../nbs/05_taps.ipynb #5e3358cf
+def _cells(grid) -> tuple: # (h, w)
+    if len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid): return tuple(grid)
+    raise ValueError(f'grid: found {grid}; expected two whole numbers from 1 on, height and width')
+
 def _average(x, grid):
     "Average a map over the cells of a grid."
     (h, w), (cells_h, cells_w) = x.shape[2:], grid
@@ -221,7 +228,7 @@ def rows(
 ) -> Tensor:                   # (B*h*w) x C, image after image in reading order (equation 1)
     "Every place of a map as one row."
     own = grid_of(x)
-    grid = own if grid is None else tuple(grid)
+    grid = own if grid is None else _cells(grid)
     if x.ndim == 3:
         x = x[:, x.shape[1] - math.prod(own):]
         if grid == own: return x.reshape(-1, x.shape[2])

@@ -1,5 +1,4 @@
-"The command line as a user meets it: in processes of its own, killed ones too."
-import hashlib
+"The command line as a user meets it: in processes of its own."
 import json
 import os
 import signal
@@ -23,9 +22,6 @@ def letkd(*args, **settings):
     return subprocess.run(command(*args, **settings), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
-def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def record_of(out):  # the student's; the teacher has one too
     path, = (p for p in Path(out).rglob('record.json') if 'letkd1' in p.parts)
     return path, json.loads(path.read_text())
@@ -42,10 +38,11 @@ def out(tmp_path_factory):
 
 def test_run_leaves_a_complete_folder(out):
     path, record = record_of(out)
-    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'checkpoint.pt', 'student.safetensors', 'record.json'}
+    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'student.safetensors', 'record.json'}
     assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
     assert record['name'] == NAME and record['changed']['train_size'] == 600
     assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
+    assert 1 <= len(list(path.parent.glob('checkpoint-*.pt'))) <= 2
     assert not [p for p in out.rglob('*') if p.name.endswith('.part')]
 
 
@@ -57,31 +54,11 @@ def test_a_run_that_is_done_is_not_done_again(out):
     assert 'epoch' not in again.stdout.replace('last epoch', '')
 
 
-def test_a_killed_run_ends_as_if_it_had_never_died(out, tmp_path):
-    "SIGKILL between the first checkpoint and the end, then the same command."
-    settings = dict(SMALL, epochs=40)
-    name = ('run', NAME, '--out', tmp_path)
-    assert letkd('run', NAME, '--out', out, **settings).returncode == 0
-    process = subprocess.Popen(command(*name, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
-    assert not [p for p in tmp_path.rglob('record.json') if 'letkd1' in p.parts]
-    resumed = letkd(*name, **settings)
-    assert resumed.returncode == 0, resumed.stderr
-    killed, = (p for p in tmp_path.rglob('student.safetensors') if 'letkd1' in p.parts)
-    whole = out/killed.relative_to(tmp_path)
-    assert digest(killed) == digest(whole)
-    curves = [json.loads((p.parent/'record.json').read_text())['curve'] for p in (killed, whole)]
-    assert curves[0] == curves[1]
-
-
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     process = subprocess.Popen(command('run', NAME, '--out', tmp_path, **dict(SMALL, epochs=400)),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and 'goes on' in error and 'Traceback' not in error
@@ -93,7 +70,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+        while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
         second = letkd('run', NAME, '--out', tmp_path, **settings)
         assert second.returncode == 2 and 'in use by another process' in second.stderr
     finally:
@@ -122,6 +99,8 @@ def test_table_of_what_was_run(out):
     (['table', 'ablation/layer'], 'ablation/layers'),
     (['sweep', 'ablation/costs'], 'ablation/cost'),
     (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
+    (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
+    (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -133,7 +112,7 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['run', '--names']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['run', '--names']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
@@ -200,3 +179,19 @@ def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
     assert main(['table', study, *where]) == 0
     table = capsys.readouterr().out
     assert table in printed.out and 'published' in table and '(1)' in table
+
+
+def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
+    "Every part, in a few seconds; the file is JSON, and no record of a run."
+    from letkd import bench
+    from letkd.cli import main
+    from letkd.tables import read_records
+    tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
+                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6))
+    monkeypatch.setattr(bench, 'QUICK', tiny)
+    assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
+    record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
+    assert record['kind'] == 'bench' and record['versions']['torch'] and record['threads'] == 1
+    assert all(row['seconds'] > 0 and row['low'] <= row['seconds'] <= row['high'] for row in record['rows'])
+    for word in (*bench.PARTS, 'letkd1 after', 'images/s', 'targets'): assert word in said, word
+    assert read_records(tmp_path) == []
