@@ -25,10 +25,11 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
         raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of its own; see letkd run --help')
     return settings
 
-def _count(seeds: int): # of a demo or a sweep
+def _count(seeds: int) -> int: # of a demo or a sweep
     if not 1 <= seeds <= 1000: raise ValueError(f'--seeds: found {seeds}; expected 1 .. 1000')
+    return seeds
 
-# %% ../nbs/26_cli.ipynb #9040f1ab
+# %% ../nbs/26_cli.ipynb #26a00009
 def run_command(name: str,                    # data set/teacher-student/method, or data set/network
                 seed: int = 0,                # of weights, order and augmentation
                 out: str = 'runs',            # folder of all runs
@@ -107,21 +108,14 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     from letkd.probes import probe_run
     from letkd.published import study
     from letkd.tables import format_table, summary
-    _count(seeds)
-    experiments = study(name, dataset, pair, seeds, **_settings(settings))
-    records, failed = _run_all(experiments, probe_run if name == 'ablation/probe' else run, out, device, quiet, checkpoint_every)
+    experiments, records, failed = study(name, dataset, pair, _count(seeds), **_settings(settings)), [], []
+    for i, e in enumerate(experiments):
+        print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
+        try: records.append((probe_run if name == 'ablation/probe' else run)(e, out, device, quiet, checkpoint_every))
+        except _ERRORS as error: failed.append(f'{e.folder}: {error}')
     print('\n' + format_table(summary(records)))
     if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
     if failed: raise RuntimeError(f'{len(failed)} of {len(experiments)} runs failed:\n' + '\n'.join(failed))
-
-# %% ../nbs/26_cli.ipynb #8845647b
-def _run_all(experiments: list, run, *settings) -> tuple: # (records, what failed)
-    records, failed = [], []
-    for i, e in enumerate(experiments):
-        print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
-        try: records.append(run(e, *settings))
-        except _ERRORS as error: failed.append(f'{e.folder}: {error}')
-    return records, failed
 
 # %% ../nbs/26_cli.ipynb #26a00002
 def reproduce_command(record: str,                  # a record.json

@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import patch
 from safetensors.torch import save
 
-# %% ../nbs/21_experiments.ipynb #88cc95f4
+# %% ../nbs/21_experiments.ipynb #21a00010
 import letkd
 from .checkpoints import write_text
 from .data.batches import Augment, Batches

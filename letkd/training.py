@@ -85,7 +85,7 @@ def _processor() -> str:
     return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
 @patch
-def note(self: Training, before: list): # conditions so far
+def _note(self: Training, before: list): # conditions so far
     now, last = self.conditions[-1], before[-1]
     if now == last: self.conditions = before; return
     self.conditions = [*before, now]
@@ -113,7 +113,7 @@ def load_state_dict(self: Training, state: dict):
         own = state['generators'][rank()]
         torch.set_rng_state(own['cpu'])
         if self.device.type == 'cuda' and 'cuda' in own: torch.cuda.set_rng_state(own['cuda'], self.device)
-    self.note(state['conditions'])
+    self._note(state['conditions'])
 
 # %% ../nbs/20_training.ipynb #20a10004
 @patch
@@ -183,7 +183,7 @@ def train(training: Training,        # what to train
 def _keep(training: Training, kept: Checkpoints, every: Every, wish: int):
     if not wish: return
     training.meter.look()  # what is saved is finite
+    agreed(lambda: write_text(kept.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in training.history)))  # first: a finished run writes no more
     kept.save(training.state_dict())
     every.restart()
-    agreed(lambda: write_text(kept.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in training.history)))
     if wish > 1: raise Stopped(wish, f' in epoch {training.epoch + 1}; the same command goes on from {kept.paths()[0]}')

@@ -106,6 +106,32 @@ def test_two_processes_equal_two_halves(server, tmp_path):
         assert evaluate(one.distiller.student, unseen(e)) == pytest.approx(two['found'], rel=1e-5)  # 333 images, each once
 
 
+def steps_of_all(out, place):
+    "Every method takes three steps, in and after the phase of its own where it has one."
+    import torch
+    from letkd.experiments import Experiment, prepare
+    from letkd.methods import METHODS as methods
+    from letkd.processes import gathered, joined
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        for method in methods:
+            small = dict(num_prototypes=16, num_dims=10, per_class=2, num_negatives=8, num_templates=16)
+            name = f'digit_pairs/resnet8-resnet8/{method}'  # FSP wants equal widths
+            known = Experiment.named(name).options
+            e = Experiment.named(name, **lives.SMALL, **{k: v for k, v in small.items() if k in known})
+            training = prepare(e, out, 'cpu', quiet=True)[0]
+            for progress, batch in zip((0, 0, 3), training.rest()):
+                training.history = [None] * progress
+                training.step(*batch)
+            sums = gathered({k: v.sum().item() for k, v in training.distiller.named_parameters()})
+            assert sums[0] == sums[1], method
+
+
+def test_every_method_trains_in_two_processes(server, tmp_path):
+    assert together(server, steps_of_all, 2, str(tmp_path)) == [0, 0]
+
+
 # CRD, whose banks belong to all
 
 def contrast(seed=0):

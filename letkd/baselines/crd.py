@@ -64,6 +64,7 @@ def forward(self: Bank,
     if self.training: self.log_z.copy_(log_z)
     return nce(scores, log_z, len(known))
 
+
 # %% ../../nbs/baselines/crd.ipynb #a3ef49d7
 @patch
 @torch.no_grad()
@@ -132,6 +133,7 @@ def picks(self: Contrast, batch: Batch) -> Tensor: # B x (1+K), places in the tr
     u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device, dtype=torch.float64)
     rank = torch.searchsorted(everyone, batch.index)
     return torch.cat([batch.index[:, None], self.others(batch.labels, u[rank])], 1)
+
 
 # %% ../../nbs/baselines/crd.ipynb #e3533706
 @patch
