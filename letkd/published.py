@@ -108,7 +108,7 @@ ABLATIONS = dict(
                    ('teacher', 'student', *(f'{m} kernels=True' for m in _PENULTIMATE), *_PENULTIMATE)),
     layers=Study('which layers, and their alpha', ('resnet56-resnet20',),
                  ('letkd_intermediate alpha_intermediate=0.0', 'letkd_intermediate', *_PENULTIMATE, *(f'letkd2 {o}'.strip() for o in _LAYERS))),
-    capacity=Study('a layer with and without supervision: does it or the size help', ('resnet110-resnet32',), ('student', 'fitnet', 'fitnet+layer', 'fitnet+letkd1')),
+    capacity=Study('is it the supervision or the size of the layer', ('resnet110-resnet32',), ('student', 'fitnet', 'fitnet+layer', 'fitnet+letkd1')),
     subclasses=Study('sub-classes in each class', ('resnet56-resnet20',), tuple(f'letkd2 per_class={k}' for k in (1, 2, 4, 8, 16, 32))),
     naive=Study('two layers of distillation, with and without KD layers', ('resnet56-resnet20',),
                 ('student', 'fitnet', 'fitnet2', f'letkd2 {_LAYERS[0]}', 'letkd2')),
