@@ -258,7 +258,12 @@ def _both(method: str, scale, images: Images) -> dict: # {'before', 'after': a s
     before, after = (_distiller(method, scale, images, done) for done in (False, True))
     return dict(before=_stepper(before, _plain_sgd(before), batches), after=_stepper(after, Training(after, batches, 1).optimiser, batches))
 
-# %% ../nbs/25_bench.ipynb #36a90332
+# %% ../nbs/25_bench.ipynb #7641691c
+def _forward(model, x):
+    def run():
+        with torch.no_grad(): model(x)
+    return run
+
 def measure_step(scale, device: torch.device) -> list: # of rows
     "Steps of the student alone, the teacher alone and each method, before and after; the layers' floors in the same turns."
     images = _pictures(scale, device, 2 * scale.batch)
@@ -270,6 +275,7 @@ def measure_step(scale, device: torch.device) -> list: # of rows
     found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device, (scale.seconds * 8, scale.least))
     return found + (_elsewhere('_by_default', scale) if device.type == 'cpu' else [])
 
+# %% ../nbs/25_bench.ipynb #7d042ab0
 def _by_default(scale) -> list: # of rows, in a process whose allocator was never asked for anything
     device = torch.device('cpu')
     forms = _both('letkd1', scale, _pictures(scale, device, 2 * scale.batch))
@@ -282,11 +288,6 @@ def _elsewhere(name: str, scale) -> list: # what a function of this module retur
     done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
     return json.loads(done.stdout)
-
-def _forward(model, x):
-    def run():
-        with torch.no_grad(): model(x)
-    return run
 
 # %% ../nbs/25_bench.ipynb #3f1b76f7
 class _Pictures(torch.utils.data.Dataset):
