@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'purity', 'shuffled_purity', 'nmi', 'true_parts', 'show_samples', 'kd_layers', 'layer_report',
-           'assignments', 'nearest_prototypes', 'meanings', 'show_assignments', 'between_classes', 'share_a_digit',
-           'shared_mass', 'subclass_cells', 'nearest_cells', 'patch_at', 'show_transitions', 'learning_curves']
+           'assignments', 'nearest_prototypes', 'meanings', 'show_assignments', 'learning_curves']
 
 # %% ../nbs/23_analysis.ipynb #438e330e
 from typing import Iterable, Optional
@@ -15,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -230,130 +229,6 @@ def show_assignments(images: Images,     # of DigitPairs, N images
         _cells(axes[1], i, truth[i])
         _cells(axes[2], i, said[i], said[i] != truth[i])
     for ax, label in zip(axes, ('image', 'true part', "template's\npart")): _strip(ax, count, label)
-    return fig
-
-# %% ../nbs/23_analysis.ipynb #8feec2d9
-def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
-                    classes: int,       # Y
-                   ) -> Tensor:         # Y x Y, rows sum to 1
-    "Mean row of a class's sub-classes, summed over the sub-classes of each other class."
-    k = len(transition)
-    if k % classes: raise ValueError(f'transition: found {k} sub-classes; expected a multiple of the {classes} classes')
-    return transition.view(classes, k // classes, classes, k // classes).sum(3).mean(1)
-
-# %% ../nbs/23_analysis.ipynb #0b4411f0
-def share_a_digit(classes # names of two digits, such as '37'
-                 ) -> Tensor: # Y x Y booleans
-    "Which classes have exactly one digit in the same place."
-    bad = [name for name in classes if len(name) != 2 or not name.isdigit()]
-    if bad: raise ValueError(f'classes: found {bad[0]!r}; expected names of two digits')
-    names = torch.tensor([[int(digit) for digit in name] for name in classes])
-    return (names[:, None] == names).sum(2) == 1
-
-def shared_mass(transition: Tensor, # M
-                classes,            # names of the classes, two digits each
-               ) -> dict:           # off_class, shared, chance: shares, 0 to 1
-    "How much of M leaves the class, and which share of that goes to classes with a common digit (@eq-shared)."
-    m, related = between_classes(transition.double(), len(classes)), share_a_digit(classes).to(transition.device)
-    own, other = m.diagonal().sum().item(), m.sum().item()
-    off = other - own
-    return dict(off_class=off / other, shared=m[related].sum().item() / off if off > 0 else float('nan'),
-                chance=related.sum().item() / (len(classes) * (len(classes) - 1)))
-
-# %% ../nbs/23_analysis.ipynb #1e01bd42
-@torch.no_grad()
-def subclass_cells(supervision, # fitted `SubClasses`
-                   stream: Iterable, # of (rows, labels)
-                  ) -> tuple:   # two vectors: the sub-class h1 of every row, and its distance to that prototype
-    "The own sub-class of every row."
-    subclass, distance = [], []
-    for rows, labels in stream:
-        own = supervision.assign(rows, labels)
-        subclass.append(own.cpu())
-        distance.append((supervision.project(rows) - supervision.prototypes[own]).norm(dim=1).cpu())
-    return torch.cat(subclass), torch.cat(distance)
-
-# %% ../nbs/23_analysis.ipynb #4be9e401
-def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
-                  distance: Tensor, # N
-                  clusters: int,    # K
-                  count: int,       # cells of each sub-class
-                  per_image: int,   # h * w, cells of an image: one of them at most is taken
-                 ) -> Tensor:       # K x count places in the N; -1 where a sub-class has too few images
-    "The most typical cells of each sub-class."
-    order = distance.argsort(stable=True)
-    order = order[subclass[order].argsort(stable=True)]            # by sub-class, the nearest first
-    pair = subclass[order] * len(subclass) + order // per_image    # sub-class and image
-    _, first = np.unique(pair.numpy(), return_index=True)
-    order = order[torch.from_numpy(np.sort(first))]
-    sizes = torch.bincount(subclass[order], minlength=clusters)
-    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[subclass[order]]
-    found = torch.full((clusters, count), -1)
-    keep = rank < count
-    found[subclass[order][keep], rank[keep]] = order[keep]
-    return found
-
-# %% ../nbs/23_analysis.ipynb #ed290813
-def patch_at(images: Images,      # N images
-             cell: int,           # place among the cells of all images
-             grid: tuple,         # (h, w)
-             size: Optional[int] = None, # pixels to the side; None: three quarters of the image's height
-            ) -> tuple:           # (3 x size x size bytes, white beyond the image; the cell's x, y, width, height in it)
-    "The region around a cell."
-    (h, w), (height, width) = grid, images.images.shape[2:]
-    image, place = divmod(int(cell), h * w)
-    cell_h, cell_w, size = height / h, width / w, size or height * 3 // 4
-    top, left = (round((i + .5) * c - size / 2) for i, c in ((place // w, cell_h), (place % w, cell_w)))
-    padded = F.pad(images.images[image], (size,) * 4, value=255)
-    frame = (place % w) * cell_w - left, (place // w) * cell_h - top, cell_w, cell_h
-    return padded[:, top + size:top + 2 * size, left + size:left + 2 * size], frame
-
-# %% ../nbs/23_analysis.ipynb #e65b5056
-def _heat_map(fig, ax, m: Tensor, classes):
-    shown = ax.imshow(m.clamp(min=1e-4).cpu(), cmap='rocket_r', norm=LogNorm(1e-4, 1), interpolation='nearest')
-    step = max(1, len(classes) // 10)
-    ticks = range(0, len(classes), step)
-    for t in ticks[1:]:
-        for line in (ax.axhline, ax.axvline): line(t - .5, color='.5', lw=.4)
-    names = [classes[t] for t in ticks]
-    ax.set_xticks(ticks, names), ax.set_yticks(ticks, names)
-    ax.set(xlabel="nearest sub-class's class", ylabel='own class')
-    fig.colorbar(shown, ax=ax, location='bottom', shrink=.8, aspect=40, pad=.02, label='share of the class (log scale)')
-
-def _patches(ax, images: Images, cells: Tensor, grid: tuple, label: str):
-    for i, cell in enumerate(cells.tolist()):
-        patch, where = patch_at(images, cell, grid)
-        _show(ax, i, patch)
-        for colour, line in (('white', 2.4), ('black', 1)):
-            _frame(ax, i, *(v / patch.shape[1] for v in where), colour, line)
-    _strip(ax, len(cells), label)
-
-def _in_words(transition: Tensor, classes) -> str: # what @eq-shared found, for classes that are pairs of digits
-    if any(len(c) != 2 or not c.isdigit() for c in classes): return ''
-    m = shared_mass(transition, classes)
-    return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes to classes "
-            f"with the same digit in one place (by chance {m['chance']:.0%})")
-
-# %% ../nbs/23_analysis.ipynb #67ff14e5
-def show_transitions(transition: Tensor, # M, K x K
-                     images: Images,     # whose cells the next argument counts
-                     cells: Tensor,      # K x count, see `nearest_cells`
-                     grid: tuple,        # (h, w)
-                     shown: int = 4,     # sub-classes of each kind
-                    ) -> Figure:        # a heat map and patches
-    "The transition matrix between classes, its most discriminative and its most shared sub-classes as patches."
-    classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
-    ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
-    fig = Figure((6.2 + .68 * cells.shape[1], 5.6), dpi=80, layout='constrained')
-    fig.suptitle(_in_words(transition, classes), fontsize='medium')
-    left, right = fig.subfigures(1, 2, width_ratios=(4.8, 1.4 + .68 * cells.shape[1]))
-    _heat_map(left, left.subplots(), between_classes(transition, len(classes)), classes)
-    kinds = {'discriminative': ranked[:shown], 'shared': ranked[::-1][:shown]}
-    for part, (kind, chosen) in zip(right.subfigures(2, 1), kinds.items()):
-        part.suptitle(f'most {kind} sub-classes', fontsize='medium')
-        for ax, k in zip(part.subplots(shown, squeeze=False)[:, 0], chosen):
-            own = classes[k * len(classes) // len(transition)]
-            _patches(ax, images, cells[k], grid, f'of {own}\nperplexity {flatness[k]:.1f}')
     return fig
 
 # %% ../nbs/23_analysis.ipynb #94b06a85

@@ -31,6 +31,7 @@ from .experiments import environment
 from .fused import fused_kd_layer
 from .layer import KDLayer
 from .matching import PrototypeTarget, TableTarget, kd_layer
+from .meters import Meter
 from .methods import create_terms
 from .models import create_model
 from .models.folding import channels_last, inference_form
@@ -39,7 +40,7 @@ from .prototypes import KMeansPrototypes, blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
 from .taps import capture, rows
-from .training import Meter, Training
+from .training import Training
 
 # %% ../nbs/25_bench.ipynb #b2d7bdca
 def _now(device: torch.device) -> float: # seconds

@@ -246,7 +246,8 @@ def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of th
     "Found by showing two images to a network in eval mode."
     model, images = getattr(self, side), next(iter(self.batches))[0][:2]
     with evaluating(model), capture(model, [tap]) as maps: model(images)
-    return rows(maps[tap]).shape[1], grid_of(maps[tap])
+    try: return rows(maps[tap]).shape[1], grid_of(maps[tap])
+    except ValueError as error: raise ValueError(f"{side}'s tap {tap!r}: {error}") from None
 
 @patch
 def layer(self: Setup,
@@ -256,7 +257,7 @@ def layer(self: Setup,
           alpha: float,             # weight of the embedding
          ) -> SupervisedLayer:
     "Fit a supervision at a pair of taps and build the layer that it teaches."
-    channels, grid = self.shape('student', taps[0])
+    (channels, grid), _ = self.shape('student', taps[0]), self.shape('teacher', taps[1])
     supervision = self.fit(supervision, stream(self.teacher, taps[1], self.batches, grid))
     return SupervisedLayer(name, *taps, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
 

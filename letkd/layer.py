@@ -75,7 +75,7 @@ def _last(self: KDLayer, x: Tensor) -> Tensor:
     return x
 
 def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layout of `x`, whose channels-last form is `last`
-    out = rows.reshape(*last.shape[:-1], -1)
+    out = rows.reshape(*last.shape[:-1], rows.shape[-1])
     out = out.movedim(-1, 1) if x.ndim == 4 else out
     return out.contiguous() if x.is_contiguous() else out
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .matching import TableTarget, precise
-from .prototypes import Supervision, _check_labels, blocks, checked, distinct, kmeans, one_thread, sample
+from .prototypes import Supervision, _check_labels, blocks, checked, distinct, kmeans, misfits, one_thread, sample
 
 # %% ../nbs/07_subclasses.ipynb #2864495a
 class Moments:
@@ -246,6 +246,10 @@ def names(self: SubClasses,
 # %% ../nbs/07_subclasses.ipynb #4e3e2291
 @patch
 def _conflict(self: SubClasses, found: dict) -> str:
+    shapes = dict(mean='C', projection='Cd', eigenvalues='E', prototypes='Kd', transition='KK', sizes='YS')
+    if wrong := misfits(found, ('sizes',), **shapes): return wrong
+    if (k := len(found['prototypes'])) != found['sizes'].numel(): return f'found {k} prototypes and {found["sizes"].numel()} sizes'
+    if found['transition'].min() < 0 or (found['transition'].sum(1) - 1).abs().max() > 1e-3: return 'found a transition whose rows are no probabilities'
     (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]
     expected = min(self.num_dims, len(found['eigenvalues']))
     if per_class != self.per_class:

@@ -212,6 +212,10 @@ def grid_of(
                      'and register tokens (at most 16); reshape patches that form no square to B x C x H x W first')
 
 # %% ../nbs/05_taps.ipynb #5e3358cf
+def _cells(grid) -> tuple: # (h, w)
+    if len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid): return tuple(grid)
+    raise ValueError(f'grid: found {grid}; expected two whole numbers from 1 on, height and width')
+
 def _average(x, grid):
     "Average a map over the cells of a grid."
     (h, w), (cells_h, cells_w) = x.shape[2:], grid
@@ -224,7 +228,7 @@ def rows(
 ) -> Tensor:                   # (B*h*w) x C, image after image in reading order (equation 1)
     "Every place of a map as one row."
     own = grid_of(x)
-    grid = own if grid is None else tuple(grid)
+    grid = own if grid is None else _cells(grid)
     if x.ndim == 3:
         x = x[:, x.shape[1] - math.prod(own):]
         if grid == own: return x.reshape(-1, x.shape[2])

@@ -1,5 +1,4 @@
-"The command line as a user meets it: in processes of its own, killed ones too."
-import hashlib
+"The command line as a user meets it: in processes of its own."
 import json
 import os
 import signal
@@ -23,9 +22,6 @@ def letkd(*args, **settings):
     return subprocess.run(command(*args, **settings), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
-def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def record_of(out):  # the student's; the teacher has one too
     path, = (p for p in Path(out).rglob('record.json') if 'letkd1' in p.parts)
     return path, json.loads(path.read_text())
@@ -42,10 +38,11 @@ def out(tmp_path_factory):
 
 def test_run_leaves_a_complete_folder(out):
     path, record = record_of(out)
-    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'checkpoint.pt', 'student.safetensors', 'record.json'}
+    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl', 'student.safetensors', 'record.json'}
     assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
     assert record['name'] == NAME and record['changed']['train_size'] == 600
     assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
+    assert 1 <= len(list(path.parent.glob('checkpoint-*.pt'))) <= 2
     assert not [p for p in out.rglob('*') if p.name.endswith('.part')]
 
 
@@ -57,31 +54,11 @@ def test_a_run_that_is_done_is_not_done_again(out):
     assert 'epoch' not in again.stdout.replace('last epoch', '')
 
 
-def test_a_killed_run_ends_as_if_it_had_never_died(out, tmp_path):
-    "SIGKILL between the first checkpoint and the end, then the same command."
-    settings = dict(SMALL, epochs=40)
-    name = ('run', NAME, '--out', tmp_path)
-    assert letkd('run', NAME, '--out', out, **settings).returncode == 0
-    process = subprocess.Popen(command(*name, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
-    assert not [p for p in tmp_path.rglob('record.json') if 'letkd1' in p.parts]
-    resumed = letkd(*name, **settings)
-    assert resumed.returncode == 0, resumed.stderr
-    killed, = (p for p in tmp_path.rglob('student.safetensors') if 'letkd1' in p.parts)
-    whole = out/killed.relative_to(tmp_path)
-    assert digest(killed) == digest(whole)
-    curves = [json.loads((p.parent/'record.json').read_text())['curve'] for p in (killed, whole)]
-    assert curves[0] == curves[1]
-
-
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     process = subprocess.Popen(command('run', NAME, '--out', tmp_path, **dict(SMALL, epochs=400)),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and 'goes on' in error and 'Traceback' not in error
@@ -93,7 +70,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.rglob('letkd1/*/checkpoint.pt')) and time.time() < deadline: time.sleep(.02)
+        while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline: time.sleep(.02)
         second = letkd('run', NAME, '--out', tmp_path, **settings)
         assert second.returncode == 2 and 'in use by another process' in second.stderr
     finally:
@@ -117,7 +94,13 @@ def test_table_of_what_was_run(out):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=many'], 'expected int'),
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
+    (['run', 'digit_pairs/resnet8-resnet8x0.5/letkd1', '--set', "penultimate=('layer4', 'layer3')"], "nearest: 'layer3'"),
     (['table', 'cifar'], 'cifar100'),
+    (['table', 'ablation/layer'], 'ablation/layers'),
+    (['sweep', 'ablation/costs'], 'ablation/cost'),
+    (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
+    (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
+    (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -129,7 +112,7 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['run', '--names']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['run', '--names']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
@@ -139,6 +122,35 @@ def test_help(args, capsys):
 def test_help_does_not_wait_for_torch():
     code = "import sys; from letkd.cli import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
+
+
+def test_what_no_data_can_fill_is_refused_with_both_numbers(out, capsys):
+    "The teacher is there; the prototypes would be more than its pixels, the sub-classes more than a class has."
+    from letkd.cli import main
+    pairs = [word for item in dict(SMALL, num_prototypes=10**6).items() for word in ('--set', '{}={}'.format(*item))]
+    assert main(['run', NAME, '--out', str(out), '--quiet', *pairs]) == 2
+    assert 'found 9600 rows' in (error := capsys.readouterr().err) and 'num_prototypes = 1000000' in error
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(settings=dict(colour='red')), "found settings ['colour']"), (dict(settings=dict(method='letkd7')), 'nearest: letkd'),
+    (dict(settings=dict(options=dict(taus=1.))), 'nearest: tau'), (dict(settings=dict(dataset='cifar1000')), 'nearest: cifar100'),
+    (dict(settings=None), 'not a record of this version')])
+def test_a_record_of_another_version_is_named(change, says, out, tmp_path, capsys):
+    from letkd.cli import main
+    path, record = record_of(out)
+    settings = change['settings']
+    record = {k: v for k, v in record.items() if k != 'settings'} if settings is None else dict(record, settings=record['settings'] | settings)
+    (tmp_path/'record.json').write_text(json.dumps(record))
+    assert main(['table', 'digit_pairs', '--out', str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and 'record.json' in error and error.count('\n') == 1
+
+
+def test_the_cost_of_a_layer_needs_no_run(capsys):
+    from letkd.cli import main
+    assert main(['sweep', 'ablation/cost', '--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8x0.5']) == 0
+    assert 'penultimate' in (table := capsys.readouterr().out) and '+2.0 %' in table
 
 
 def test_a_reader_may_leave_a_pipe():
@@ -152,15 +164,21 @@ def test_a_reader_may_leave_a_pipe():
 @pytest.mark.parametrize('study, options', [
     ('cifar100', dict(num_prototypes=16, num_negatives=32)), ('ablation/clusters', dict(num_prototypes=16)),
     ('ablation/layers', dict(num_prototypes=16)), ('ablation/capacity', dict(num_prototypes=16, num_templates=16)),
-    ('ablation/subclasses', dict(num_prototypes=16))])
+    ('ablation/subclasses', dict(num_prototypes=16)), ('ablation/naive', dict(num_prototypes=16)),
+    ('ablation/probe', dict(num_prototypes=16))])
 def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
     "At a miniature scale, on a pair of one width, because FSP wants that; one teacher serves all studies."
     from letkd.cli import main
     out = tmp_path_factory.getbasetemp()/'studies'
     settings = dict(options, epochs=1, teacher_epochs=1, train_size=1280)
     pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
-    code = main(['sweep', study, '--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), '--quiet', *pairs])
-    assert code == 0, capsys.readouterr().err
+    where = ['--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), *pairs]
+    code, printed = main(['sweep', study, *where, '--quiet']), capsys.readouterr()
+    assert code == 0, printed.err
+    if '/' not in study: return
+    assert main(['table', study, *where]) == 0
+    table = capsys.readouterr().out
+    assert table in printed.out and 'published' in table and '(1)' in table
 
 
 def test_bench_in_miniature(tmp_path, capsys, monkeypatch):

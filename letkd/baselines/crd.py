@@ -35,6 +35,7 @@ def _from_all(x: Tensor) -> Tensor: # the rows of every process, this one's alon
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
+# %% ../../nbs/baselines/crd.ipynb #b31a7a72
 class Bank(nn.Module):
     "What is remembered of each training image (@eq-momentum). Everything is a buffer, so checkpoints have it."
     def __init__(self,
@@ -57,11 +58,14 @@ def forward(self: Bank,
     "The judge's loss on these comparisons (@eq-nce)."
     known = self.known.clone() if self.training else self.known
     scores = (v @ known.T).gather(1, picks) / self.temperature
-    mean = scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
+    each = _from_all(scores.detach().flatten().logsumexp(0)[None])
+    mean = each.logsumexp(0) - math.log(len(each) * scores.numel())
     log_z = torch.where(self.log_z.isnan(), mean + math.log(len(known)), self.log_z)
     if self.training: self.log_z.copy_(log_z)
     return nce(scores, log_z, len(known))
 
+
+# %% ../../nbs/baselines/crd.ipynb #a3ef49d7
 @patch
 @torch.no_grad()
 def update(self: Bank, index: Tensor, v: Tensor): # B places in the training set; B x D
@@ -125,11 +129,13 @@ class Contrast(Term):
 def picks(self: Contrast, batch: Batch) -> Tensor: # B x (1+K), places in the training set; the own image's first
     "Who is compared in this step."
     if batch.index is None: raise ValueError('crd: found a batch without index; expected the place of each image in the training set')
-    generator = torch.Generator(batch.labels.device).manual_seed(self.step)
-    u = torch.rand(len(batch.labels), self.num_negatives, generator=generator, device=generator.device, dtype=torch.float64)
-    rank = batch.index.argsort().argsort()
+    generator, everyone = torch.Generator(batch.labels.device).manual_seed(self.step), _from_all(batch.index).sort().values
+    u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device, dtype=torch.float64)
+    rank = torch.searchsorted(everyone, batch.index)
     return torch.cat([batch.index[:, None], self.others(batch.labels, u[rank])], 1)
 
+
+# %% ../../nbs/baselines/crd.ipynb #e3533706
 @patch
 def forward(self: Contrast, maps: Maps, batch: Batch) -> Tensor:
     (s,), (t,), picks = self.student_taps, self.teacher_taps, self.picks(batch)

@@ -186,18 +186,31 @@ class Resumable:
                  drop_last,  # leave out a last batch that is not full
                  seed,  # of order and augmentation
                  device,  # where the batches are made; None: where the images are
+                 share=(0, 1),  # (i, P): the i-th of P equal parts of each batch; other processes have the rest
                 ):
         if int(batch_size) != batch_size or batch_size < 1: raise ValueError(f'batch_size must be an integer >= 1, found {batch_size}')
         if drop_last and batch_size > len(images):
             raise ValueError(f'no full batch: batch_size {batch_size}, {len(images)} {type(images).__name__.lower()}, drop_last=True')
+        if drop_last and batch_size % share[1]:
+            raise ValueError(f'batch_size: found {batch_size} for {share[1]} processes; expected a multiple of {share[1]}, so that each has as many images')
         self.images = images if device is None else images.to(device)
         self.batch_size, self.augment, self.shuffle, self.drop_last = int(batch_size), augment, shuffle, drop_last
-        self.seed, self.epoch, self.position, self._resume = seed, 0, 0, False
+        self.seed, self.epoch, self.position, self.share, self._resume = seed, 0, 0, share, False
 
     def __len__(self): return -(-self._count // self.batch_size)
 
     @property
     def _count(self): return len(self.images) // self.batch_size * self.batch_size if self.drop_last else len(self.images)
+
+# %% ../../nbs/data/batches.ipynb #ba7c5e01
+@patch
+def own(self: Resumable,
+        batch,  # its number in the epoch
+       ):  # a slice of the epoch's order
+    "The places of this process's share of a batch."
+    start, (i, parts) = batch * self.batch_size, self.share
+    n = min(self.batch_size, self._count - start)
+    return slice(start + n * i // parts, start + n * (i + 1) // parts)
 
 # %% ../../nbs/data/batches.ipynb #55de29fd
 @patch
@@ -241,8 +254,9 @@ class Batches(Resumable):
                  drop_last=False,  # leave out a last batch that is not full
                  seed=0,  # of order and augmentation; global generators are neither read nor changed
                  device=None,  # where the images are kept and the batches made; None: where they are
+                 share=(0, 1),  # (i, P): the i-th of P parts of each batch; other processes have the rest
                 ):
-        super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device)
+        super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device, share)
         self.pad = augment.padding(*images.images.shape[2:]) if augment else 0
 
 # %% ../../nbs/data/batches.ipynb #29d9ed9b
@@ -264,10 +278,11 @@ def __iter__(self: Batches):
     epoch, start = self.begin()
     index, dy, dx, flip, angle = self._plan(epoch)
     for b in range(start, len(self)):
-        s = slice(b * self.batch_size, min((b + 1) * self.batch_size, self._count))
+        s = self.own(b)
+        self.passed(epoch, b)
+        if s.start == s.stop: continue  # a last batch with fewer images than processes
         pick = index[s]
         pixels = self.images.images[pick]
         if angle is not None: pixels = rotate(pixels, angle[s])
         if self.augment: pixels = crop(pixels, dy[s], dx[s], None if flip is None else flip[s])
-        self.passed(epoch, b)
         yield normalise(pixels, self.images), self.images.labels[pick], pick

@@ -132,18 +132,19 @@ class PhotoBatches(Resumable):
                  seed: int = 0,        # of order and augmentation; global generators are neither read nor changed
                  device = None,        # where the batches are made; None: where `images` says
                  workers: Optional[int] = None, # processes that read; 0: this one; None: as many as there are cores
+                 share: tuple = (0, 1), # (i, P): the i-th of P parts of each batch; other processes have the rest
                 ):
-        super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device)
+        super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device, share)
         self.workers = _cores() if workers is None else workers
 
 # %% ../../nbs/data/imagenet.ipynb #d888ead0
 @patch
 def _plan(self: PhotoBatches, epoch):
-    "The indices of each batch of an epoch: a list of lists."
+    "The indices of this process's share of each batch of an epoch: a list of lists."
     word = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint32)[0]
     n, order = len(self.images), torch.Generator().manual_seed(int(word))
     index = torch.randperm(n, generator=order) if self.shuffle else torch.arange(n)
-    return [batch.tolist() for batch in index.split(self.batch_size)][:len(self)]
+    return [index[self.own(b)].tolist() for b in range(len(self))]
 
 @patch
 def _squares(self: PhotoBatches, epoch, batches):
@@ -156,10 +157,10 @@ def _squares(self: PhotoBatches, epoch, batches):
 @patch
 def __iter__(self: PhotoBatches):
     (epoch, start), device = self.begin(), self.images.device
-    plan = self._plan(epoch)
-    for b, squares in enumerate(self._squares(epoch, plan[start:]), start):
+    plan = [(b, places) for b, places in enumerate(self._plan(epoch)) if b >= start and places]
+    for squares, (b, places) in zip(self._squares(epoch, [places for _, places in plan]), plan):
         if isinstance(squares, ValueError): raise squares
-        index = torch.tensor(plan[b])
+        index = torch.tensor(places)
         labels, index = self.images.labels[index].to(device), index.to(device)
         self.passed(epoch, b)
         yield normalise(squares.to(device, non_blocking=True), self.images), labels, index

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .batches import Images, first, in_turn
-from .files import atomic, contents, data_root, decode, fetch
+from .files import atomic, contents, data_root, decode, fetch, make_folder, read_tensors
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #b4fc8295
 NAME = 'tiny-imagenet-200'
@@ -40,7 +39,7 @@ def _label(name: str, annotations: dict, wnids: list) -> int:
     _, split, *_, file = name.split('/')
     wnid = name.split('/')[2] if split == 'train' else annotations.get(file)
     if wnid in wnids: return wnids.index(wnid)
-    raise ValueError(f'{name}: found class {wnid!r}, which is not in wnids.txt' if wnid else
+    raise ValueError(f'{name}: found class {wnid[:40]!r}, which is not in wnids.txt' if wnid else
                      f'{name}: found no class in val_annotations.txt')
 
 def _annotations(text: str) -> dict: # {file: wnid}
@@ -88,14 +87,27 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
     root = data_root(root)
     path, source = root/f'{NAME}.safetensors', root/NAME
     if path.exists(): return path
-    texts, photos = _read(source if source.is_dir() else fetch(URL, SIZE, md5, root))
-    wnids, names = _classes(texts['wnids.txt'], texts['words.txt'])
-    tensors = {f'{split}.{key}': t for split in ('train', 'val')
-               for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
+    make_folder(root)  # before half a minute of decoding, not after it
+    if not source.is_dir(): source = fetch(URL, SIZE, md5, root)
+    try:
+        texts, photos = _read(source)
+        wnids, names = _classes(texts['wnids.txt'], texts['words.txt'])
+        tensors = {f'{split}.{key}': t for split in ('train', 'val')
+                   for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
+    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
     mean, std = _statistics(tensors['train.images'])
     with atomic(path) as part:
         save_file(tensors, part, metadata=dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
     return path
+
+# %% ../../nbs/data/tiny_imagenet.ipynb #311d1fcf
+def _checked(path: Path, split: str) -> Images:
+    "A split from the file of tensors, if that is what it is."
+    tensors, about = read_tensors(path, [f'{split}.images', f'{split}.labels'])
+    if about.get('format') != _FORMAT: raise ValueError(f'found format {about.get("format")!r}; expected {_FORMAT!r}')
+    images = Images(*tensors.values(), None, **json.loads(about['about']))
+    if len(images) < 2 or images.images.shape[2:] != (64, 64): raise ValueError(f'found images {tuple(images.images.shape)}; expected N x 3 x 64 x 64')
+    return images
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #65abfd48
 _HALF = dict(train=('train', 0, 1), valid=('val', 0, .5), test=('val', .5, 1))  # split: where, from, to
@@ -109,12 +121,7 @@ def tiny_imagenet(split: str,     # 'train', 'valid' or 'test'
     if split not in _HALF: raise ValueError(f'split: found {split!r}; expected one of {", ".join(_HALF)}')
     where, begin, end = _HALF[split]
     path = _decoded(root, md5)
-    try:
-        with safe_open(path, 'pt') as file:
-            about = file.metadata() or {}
-            if about.get('format') != _FORMAT: raise ValueError(f'found format {about.get("format")!r}; expected {_FORMAT!r}')
-            images, labels = (file.get_tensor(f'{where}.{key}') for key in ('images', 'labels'))
-        images = Images(images, labels, None, **json.loads(about['about']))
-    except (SafetensorError, ValueError, TypeError, KeyError) as e:
+    try: images = _checked(path, where)
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f'{path}: {e}. Delete it, and the images are decoded again') from None
     return first(images.subset(slice(int(begin * len(images)), int(end * len(images)))), size)

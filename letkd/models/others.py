@@ -6,12 +6,15 @@
 __all__ = ['unknown_network', 'torchvision_names', 'torchvision_network', 'torchvision_weights', 'timm_network']
 
 # %% ../../nbs/models/others.ipynb #d407a060
-import difflib, importlib
+import difflib, hashlib, importlib, socket
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Iterable, Iterator, Optional
 
 import torch
 from torch import nn
+
+from ..data.files import make_folder, read_torch
 
 # %% ../../nbs/models/others.ipynb #5aa814d9
 def unknown_network(
@@ -23,7 +26,7 @@ def unknown_network(
     known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=.5)
     found = f'nearest: {", ".join(near)}' if near else f'known: {", ".join(known[:40])}'
-    return ValueError(f'no network is called {name!r}; {found}{more}')
+    return ValueError(f'no network is called {name[:80]!r}; {found}{more}')
 
 # %% ../../nbs/models/others.ipynb #6088096d
 def _models(): return importlib.import_module('torchvision.models')
@@ -48,6 +51,26 @@ def torchvision_network(
     if name not in known: raise unknown_network(f'torchvision/{name}', [f'torchvision/{n}' for n in known])
     return _out_of_place(_models().get_model(name, weights=None, num_classes=num_classes))
 
+# %% ../../nbs/models/others.ipynb #ac42fdd2
+@contextmanager
+def _patience(seconds: float) -> Iterator: # for connections that say nothing; torch.hub has none of its own
+    old = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try: yield
+    finally: socket.setdefaulttimeout(old)
+
+def _verified(url: str) -> Path: # the file, whose SHA-256 begins as its name ends
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[-1]
+    begin = path.stem.rsplit('-', 1)[-1]
+    if not path.exists():
+        make_folder(path.parent)
+        try:
+            with _patience(10): torch.hub.download_url_to_file(url, str(path), begin)
+        except OSError as e: raise OSError(f'{url} could not be downloaded ({e}); put it into {path.parent}') from None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found.startswith(begin): return path
+    raise ValueError(f'{path}: found SHA-256 {found}; expected one that begins with {begin}. Delete it, and it is fetched again')
+
 # %% ../../nbs/models/others.ipynb #4ce26000
 def torchvision_weights(
     name: str,         # of the network
@@ -60,10 +83,7 @@ def torchvision_weights(
     if weights is None:
         raise FileNotFoundError(f'{wanted} is neither a file nor weights of torchvision/{name}; '
                                 f'it has {", ".join(known.__members__) or "none"}')
-    try: return weights.get_state_dict(map_location='cpu', check_hash=True, weights_only=True)
-    except OSError as error:
-        folder = Path(torch.hub.get_dir()) / 'checkpoints'
-        raise OSError(f'{weights} could not be downloaded ({error}); put {weights.url} into {folder}') from error
+    return read_torch(_verified(weights.url))
 
 # %% ../../nbs/models/others.ipynb #d032dace
 def timm_network(

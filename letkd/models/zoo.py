@@ -6,16 +6,16 @@
 __all__ = ['families', 'Family', 'model_names', 'read_checkpoint', 'looks_like', 'load_weights', 'create_model']
 
 # %% ../../nbs/models/zoo.ipynb #051ade35
-import pickle, re
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Callable, Optional
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from ..data.files import Pickled, read_tensors, read_torch
 from .mobilenetv2 import mobilenetv2
 from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
 from .resnet import resnet
@@ -62,8 +62,11 @@ def _argument(text):
 def _find(name):
     "The family of a name, and the arguments in the name."
     for family in families:
-        if match := re.fullmatch(family.pattern, name):
-            return family, [_argument(g) for g in match.groups() if g]
+        if not (match := re.fullmatch(family.pattern, name, re.ASCII)): continue
+        arguments = [_argument(g) for g in match.groups() if g]
+        if big := [a for a in arguments if not isinstance(a, str) and a > 2000]:
+            raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; expected numbers up to 2000')
+        return family, arguments
     hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else ''
     raise unknown_network(name, model_names(), hint)
 
@@ -74,11 +77,11 @@ def _build(name, num_classes):
 # %% ../../nbs/models/zoo.ipynb #1a3d2a8e
 _wrappers = ('model', 'network', 'state_dict', 'net')
 
-def _unwrap(found):
+def _unwrap(found, depth=4): # depth: a dict may hold itself
     "The state dict inside the dicts of the field."
     for key in _wrappers:
-        if isinstance(found.get(key), dict): return _unwrap(found[key])
-    return dict(found)
+        if depth and isinstance(found.get(key), dict): return _unwrap(found[key], depth - 1)
+    return {str(key): value for key, value in found.items()}
 
 def _without(state, prefix):
     "The entries under a prefix, without it."
@@ -86,20 +89,16 @@ def _without(state, prefix):
 
 def _plain_names(state):
     "Take off what DataParallel, torch.compile and a distiller put before the names."
-    for prefix in ('module.', '_orig_mod.'):
-        if state and all(key.startswith(prefix) for key in state): return _plain_names(_without(state, prefix))
+    for prefix in 2 * ('module.', '_orig_mod.'):
+        if state and all(key.startswith(prefix) for key in state): state = _without(state, prefix)
     return _without(state, 'student.') or state
 
 # %% ../../nbs/models/zoo.ipynb #abb29e88
-def _refused(path, error):
-    match = re.search(r'GLOBAL ([\w.]+)', str(error))
-    found = f'Python objects ({match[1]})' if match else 'something that is no checkpoint of torch'
-    return ValueError(
-        f'{path} holds {found}, and opening such a pickle could run any program, so it was not opened. Take a file '
-        'that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
-        'copy the weights out once (here from under model):\n'
-        f'  python -c "import torch; f = torch.load({str(path)!r}, map_location=\'cpu\', weights_only=False); '
-        'torch.save(f[\'model\'], \'weights.pth\')"')
+def _remedy(path):
+    return (f'. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
+            'copy the weights out once (here from under model):\n'
+            f'  python -c "import torch; f = torch.load({str(path)!r}, map_location=\'cpu\', weights_only=False); '
+            'torch.save(f[\'model\'], \'weights.pth\')"')
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
 def read_checkpoint(
@@ -107,33 +106,33 @@ def read_checkpoint(
 ) -> dict:           # name -> tensor on the CPU
     "The state dict in a checkpoint of the field, under plain names."
     path = Path(path)
-    if path.suffix == '.safetensors': found = load_file(path)
-    else:
-        try: found = torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError as error: raise _refused(path, error) from None
+    try: found = read_tensors(path)[0] if path.suffix == '.safetensors' else read_torch(path)
+    except Pickled as error: raise Pickled(f'{error}{_remedy(path)}') from None
     state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
-    keys = ', '.join(map(repr, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
-    raise ValueError(f'{path} holds no state dict; found: {keys}; '
+    keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict) else type(found).__name__
+    raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
                      f'expected tensors by name, as they are or under one of {_wrappers}')
 
 # %% ../../nbs/models/zoo.ipynb #a540f9e0
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+_ANY = 7919  # classes that no network has, for the number of the file's
+
 @cache
-def _known_shapes(name, num_classes):
-    with torch.device('meta'): return _shapes(_build(name, num_classes).state_dict())
+def _known_shapes(name):
+    with torch.device('meta'): return _shapes(_build(name, _ANY).state_dict())
 
 def looks_like(
     state: dict # name -> tensor
 ) -> str:       # such as 'resnet20 with 10 classes', or '' where nothing known comes close
     "The known network with these names and shapes; at least half of its entries must agree."
     shapes = _shapes(state)
-    classes = [shape[0] for shape in shapes.values() if len(shape) == 2]
+    classes = [shape[0] for shape in shapes.values() if len(shape) == 2 and 0 < shape[0] < 10**6]
     if not classes: return ''
     agreement = {}
     for name in model_names():
-        known = _known_shapes(name, classes[-1])
+        known = {k: tuple(classes[-1] if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
         agreement[name] = len(known.items() & shapes.items()) / len(known.keys() | shapes.keys())
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
@@ -144,13 +143,18 @@ def looks_like(
 def _few(items, most=4):
     return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
 
+def _numbers(x, like): # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps them?
+    if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
+    return x.is_floating_point() == like.is_floating_point() and not x.is_complex() and bool(x.to(like.dtype).isfinite().all())
+
 def _misfits(own, state):
-    "One line for each kind of mistake: what is missing, what is too much, what has another shape."
+    "One line for each kind of mistake: what is missing, what is too much, of another shape, or NaN."
     size = lambda x: 'x'.join(map(str, x.shape)) or 'scalar'
-    shared = [k for k in own if k in state and state[k].shape != own[k].shape]
+    shared = [k for k in own if k in state and state[k].shape == own[k].shape]
     kinds = {'missing': [k for k in own if k not in state],
              'unexpected': [k for k in state if k not in own],
-             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})' for k in shared]}
+             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})' for k in own if k in state and k not in shared],
+             'with values that are no finite numbers': [k for k in shared if not _numbers(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
 # %% ../../nbs/models/zoo.ipynb #a6ed8971

@@ -1,0 +1,250 @@
+"""Several processes, with gloo on this machine: the same run as one, in parts."""
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lives
+
+METHODS = ('letkd2', 'ab')
+
+
+@pytest.fixture(scope='module')
+def server(): return lives.server()
+
+
+def together(server, target, count, *args, **options):
+    "Run a function in some processes that are one group; their exit codes."
+    members = [server.Process(target=target, args=args, kwargs=dict(options, place=place)) for place in lives.places(count)]
+    for m in members: m.start()
+    for m in members: m.join(300)
+    return [m.exitcode for m in members]
+
+
+# One training step by step: by two processes, and by one that takes two halves
+
+def prepared(method, out, lr=.02):
+    import torch
+    from letkd.experiments import Experiment, prepare
+    torch.manual_seed(0)
+    e = Experiment.named(f'{lives.PAIR}/{method}', **lives.SMALL | lives.OPTIONS[method], lr=lr)
+    return e, prepare(e, out, 'cpu', quiet=True)[0]
+
+
+def unseen(e, share=(0, 1)):
+    from letkd.data.batches import Batches
+    return Batches(e.load('valid').subset(slice(333)), 50, share=share)
+
+
+def by_two(out, place):
+    "What a process of two does; the first leaves what came out."
+    import torch
+    from letkd.meters import evaluate
+    from letkd.processes import from_first, gathered, joined, processes, rank
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        for method in METHODS:
+            e, training = prepared(method, out)
+            for epoch in range(2):  # of 9 steps; the phase of AB ends in the second
+                training.epochs = 3
+                for batch in training.rest(): training.step(*batch)
+                training.end_epoch()
+            from_first(training.distiller.student.buffers())
+            found = evaluate(training.distiller.student, unseen(e, (rank(), processes())))
+            weights = training.distiller.state_dict()
+            rows = [{k: v for k, v in row.items() if k != 'seconds'} for row in training.history]
+            same = gathered([rows, {k: v.sum().item() for k, v in training.distiller.named_parameters()}])
+            assert same[0] == same[1], 'the processes have drifted apart'
+            if not rank(): torch.save(dict(weights=weights, history=training.history, found=found), Path(out)/f'{method}.pt')
+
+
+def by_halves(training, batches):
+    "One process, two halves of each batch one after the other; the running statistics are those of the first half."
+    import torch
+    from torch import nn
+    student, norms = training.distiller, [m for m in training.distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for images, labels, index in batches:
+        progress, rows = (training.epoch + training.meter.step / training.steps) / training.epochs, []
+        training.optimiser.zero_grad()
+        for half in (slice(0, 32), slice(32, 64)):
+            kept = [copy.deepcopy(m._buffers) for m in norms]
+            logits, losses = student(images[half], labels[half], index[half], progress)
+            (sum(losses.values()) / 2).backward()
+            rows.append((losses, logits))
+            if half.start:
+                for m, b in zip(norms, kept): m._buffers.update(b)
+        training.meter.add({k: (rows[0][0][k] + rows[1][0][k]) / 2 for k in rows[0][0]}, torch.cat([r[1] for r in rows]), labels)
+        training.optimiser.step()
+        training.schedule.step()
+    training.end_epoch()
+
+
+def test_two_processes_equal_two_halves(server, tmp_path):
+    import torch
+    from letkd.meters import evaluate
+    for method in METHODS: prepared(method, tmp_path)  # the teacher and the supervisions, for both
+    assert together(server, by_two, 2, str(tmp_path)) == [0, 0]
+    for method in METHODS:
+        e, one = prepared(method, tmp_path)
+        two = torch.load(tmp_path/f'{method}.pt', weights_only=True)
+        one.epochs = 3
+        one.distiller.train()
+        for _ in range(2): by_halves(one, one.batches)
+        for a, b in zip(one.history, two['history']):
+            assert {k: v for k, v in a.items() if k != 'seconds'} == pytest.approx({k: v for k, v in b.items() if k != 'seconds'}, rel=1e-4)
+        theirs = two['weights']
+        for name, x in one.distiller.student.state_dict().items():
+            torch.testing.assert_close(theirs[f'student.{name}'], x, atol=2e-4, rtol=2e-3, msg=lambda m: f'{method} {name}: {m}')
+        one.distiller.student.load_state_dict({k.removeprefix('student.'): v for k, v in theirs.items() if k.startswith('student.')})
+        assert evaluate(one.distiller.student, unseen(e)) == pytest.approx(two['found'], rel=1e-5)  # 333 images, each once
+
+
+def steps_of_all(out, place):
+    "Every method takes three steps, in and after the phase of its own where it has one."
+    import torch
+    from letkd.experiments import Experiment, prepare
+    from letkd.methods import METHODS as methods
+    from letkd.processes import gathered, joined
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        for method in methods:
+            small = dict(num_prototypes=16, num_dims=10, per_class=2, num_negatives=8, num_templates=16)
+            name = f'digit_pairs/resnet8-resnet8/{method}'  # FSP wants equal widths
+            known = Experiment.named(name).options
+            e = Experiment.named(name, **lives.SMALL, **{k: v for k, v in small.items() if k in known})
+            training = prepare(e, out, 'cpu', quiet=True)[0]
+            for progress, batch in zip((0, 0, 3), training.rest()):
+                training.history = [None] * progress
+                training.step(*batch)
+            sums = gathered({k: v.sum().item() for k, v in training.distiller.named_parameters()})
+            assert sums[0] == sums[1], method
+
+
+def test_every_method_trains_in_two_processes(server, tmp_path):
+    assert together(server, steps_of_all, 2, str(tmp_path)) == [0, 0]
+
+
+# CRD, whose banks belong to all
+
+def contrast(seed=0):
+    import torch
+    from letkd.baselines.crd import Contrast
+    torch.manual_seed(seed)
+    term = Contrast('s', 't', (6, 9), torch.arange(40) % 5, num_negatives=16, dims=8).train()
+    maps = [torch.randn(40, c, 2, 2) for c in (6, 9)]
+    return term, maps, [torch.randperm(40)[:16] for _ in range(4)]
+
+
+def losses_of(term, maps, index):
+    import torch
+    from letkd.distiller import Batch, Maps
+    return term(Maps(teacher={'t': maps[1][index]}, student={'s': maps[0][index]}), Batch(torch.zeros(len(index)), index % 5, index))
+
+
+def banks_of_two(out, place):
+    import torch
+    from letkd.processes import gathered, joined, rank
+    os.environ |= place
+    with joined('cpu'):
+        term, maps, batches = contrast()
+        half = lambda index: index.view(2, 8)[rank()]
+        losses = [sum(gathered(losses_of(term, maps, half(index)).item())) / 2 for index in batches]
+        everyone = gathered([term.bank_s.known.sum().item(), term.bank_t.known.sum().item(), term.bank_s.log_z.item()])
+        assert everyone[0] == everyone[1]
+        if not rank(): torch.save(dict(losses=losses, state=term.state_dict()), Path(out)/'banks.pt')
+
+
+def test_banks_are_those_of_the_whole_batch(server, tmp_path):
+    import torch
+    assert together(server, banks_of_two, 2, str(tmp_path)) == [0, 0]
+    two = torch.load(tmp_path/'banks.pt', weights_only=True)
+    term, maps, batches = contrast()
+    assert [losses_of(term, maps, index).item() for index in batches] == pytest.approx(two['losses'], rel=1e-5)
+    for name, x in term.state_dict().items():
+        if torch.is_tensor(x): torch.testing.assert_close(two['state'][name], x)
+
+
+# The command
+
+def records(out, method): return [json.loads(p.read_text()) for p in Path(out).rglob('record.json') if method in p.parts]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(server, tmp_path_factory):
+    out = tmp_path_factory.mktemp('two')
+    assert together(server, lives.command, 2, lives.arguments('crd', out)) == [0, 0]
+    return lives.result(lives.folder_of('crd', out))
+
+
+def test_one_record_of_both(undisturbed):
+    assert undisturbed['record']['processes'] == 2 and undisturbed['record']['steady']
+    assert undisturbed['record']['settings']['batch_size'] == 64
+
+
+def test_a_stopped_run_of_two_goes_on_to_the_same_bits(server, undisturbed, tmp_path):
+    args, said = lives.arguments('crd', tmp_path), str(tmp_path/'said')
+    members = [server.Process(target=lives.command, args=(args, said + place['RANK']), kwargs=dict(place=place)) for place in lives.places(2)]
+    for m in members: m.start()
+    while not list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt')) and members[0].is_alive(): time.sleep(.002)
+    members[1].terminate()  # one of them is told; both stop after the same step
+    for m in members: m.join(120)
+    assert [m.exitcode for m in members] == [143, 143]
+    assert not records(tmp_path, 'crd')
+    assert together(server, lives.command, 2, args) == [0, 0]
+    assert lives.result(lives.folder_of('crd', tmp_path)) == undisturbed
+
+
+def test_more_processes_than_before_may_go_on_and_say_so(server, tmp_path):
+    args, said = lives.arguments('ce', tmp_path), tmp_path/'said'
+    alone = server.Process(target=lives.command, args=(args,))
+    alone.start()
+    while not list(tmp_path.glob('*/*/ce/*/checkpoint-*.pt')) and alone.is_alive(): time.sleep(.002)
+    alone.terminate()
+    alone.join(120)
+    assert alone.exitcode == 143
+    assert together(server, lives.command, 2, args, said) == [0, 0]
+    line, = said.read_text().splitlines()
+    assert 'going on, but not to the same bits as without the stop: processes 1 before and 2 now' in line
+    record, = records(tmp_path, 'ce')
+    assert record['processes'] == 2 and not record['steady']
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(batch_size=63), 'batch_size: found 63 for 2 processes; expected a multiple of 2'),
+    (dict(sync_bn=True), 'sync_bn: found the device cpu; expected cuda')])
+def test_what_cannot_be_shared_is_refused(settings, says, server, tmp_path):
+    codes = together(server, lives.command, 2, lives.arguments('ce', tmp_path/'out', '--device', 'cpu', **settings), tmp_path/'said')
+    assert codes == [2, 2] and says in (tmp_path/'said').read_text()
+    assert not records(tmp_path, 'ce')
+
+
+def worker(torchrun, rank):
+    "The process of that rank which torchrun has started, or None."
+    for child in Path(f'/proc/{torchrun}/task/{torchrun}/children').read_text().split():
+        try:
+            if f'\0RANK={rank}\0'.encode() in Path(f'/proc/{child}/environ').read_bytes(): return int(child)
+        except OSError: continue
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds the worker in /proc')
+def test_torchrun_starts_a_killed_worker_again(undisturbed, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1',
+               '-m', 'letkd.cli', *lives.arguments('crd', tmp_path, '--checkpoint-every', '1')]
+    with open(tmp_path/'said', 'w') as said: run = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    try:
+        deadline = time.time() + 200
+        while len(list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt'))) < 2 and run.poll() is None and time.time() < deadline: time.sleep(.01)
+        os.kill(worker(run.pid, 1), signal.SIGKILL)
+        assert run.wait(200) == 0, (tmp_path/'said').read_text()
+    finally:
+        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
+    assert lives.result(lives.folder_of('crd', tmp_path)) == undisturbed
+    assert 'going on' not in (tmp_path/'said').read_text()
