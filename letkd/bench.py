@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
-# %% ../nbs/25_bench.ipynb #c364dbc3
+# %% ../nbs/25_bench.ipynb #3729f86d
+from . import fused
 from .data.batches import Augment, Batches, Images
 from .distiller import Distiller
 from .experiments import environment
@@ -92,6 +93,7 @@ def extra_memory(f: Callable,         # without arguments
                  device: torch.device # that it works on
                 ) -> Optional[int]:   # bytes; None where it cannot be seen
     "The most that a call holds, above what is held before it."
+    getattr(fused, '_FREE', {}).clear()  # workspaces that the layer keeps for its next call belong to the call
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device); f()
         return torch.cuda.max_memory_allocated(device) - before
