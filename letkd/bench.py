@@ -24,13 +24,15 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
-# %% ../nbs/25_bench.ipynb #c364dbc3
+# %% ../nbs/25_bench.ipynb #3729f86d
+from . import fused
 from .data.batches import Augment, Batches, Images
 from .distiller import Distiller
 from .experiments import environment
 from .fused import fused_kd_layer
 from .layer import KDLayer
 from .matching import PrototypeTarget, TableTarget, kd_layer
+from .meters import Meter
 from .methods import create_terms
 from .models import create_model
 from .models.folding import channels_last, inference_form
@@ -39,7 +41,6 @@ from .prototypes import KMeansPrototypes, blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
 from .taps import capture, rows
-from .meters import Meter
 from .training import Training
 
 # %% ../nbs/25_bench.ipynb #b2d7bdca
@@ -92,6 +93,7 @@ def extra_memory(f: Callable,         # without arguments
                  device: torch.device # that it works on
                 ) -> Optional[int]:   # bytes; None where it cannot be seen
     "The most that a call holds, above what is held before it."
+    getattr(fused, '_FREE', {}).clear()  # workspaces that the layer keeps for its next call belong to the call
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device); f()
         return torch.cuda.max_memory_allocated(device) - before
@@ -259,7 +261,12 @@ def _both(method: str, scale, images: Images) -> dict: # {'before', 'after': a s
     before, after = (_distiller(method, scale, images, done) for done in (False, True))
     return dict(before=_stepper(before, _plain_sgd(before), batches), after=_stepper(after, Training(after, batches, 1).optimiser, batches))
 
-# %% ../nbs/25_bench.ipynb #36a90332
+# %% ../nbs/25_bench.ipynb #7641691c
+def _forward(model, x):
+    def run():
+        with torch.no_grad(): model(x)
+    return run
+
 def measure_step(scale, device: torch.device) -> list: # of rows
     "Steps of the student alone, the teacher alone and each method, before and after; the layers' floors in the same turns."
     images = _pictures(scale, device, 2 * scale.batch)
@@ -271,6 +278,7 @@ def measure_step(scale, device: torch.device) -> list: # of rows
     found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device, (scale.seconds * 8, scale.least))
     return found + (_elsewhere('_by_default', scale) if device.type == 'cpu' else [])
 
+# %% ../nbs/25_bench.ipynb #7d042ab0
 def _by_default(scale) -> list: # of rows, in a process whose allocator was never asked for anything
     device = torch.device('cpu')
     forms = _both('letkd1', scale, _pictures(scale, device, 2 * scale.batch))
@@ -283,11 +291,6 @@ def _elsewhere(name: str, scale) -> list: # what a function of this module retur
     done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
     return json.loads(done.stdout)
-
-def _forward(model, x):
-    def run():
-        with torch.no_grad(): model(x)
-    return run
 
 # %% ../nbs/25_bench.ipynb #3f1b76f7
 class _Pictures(torch.utils.data.Dataset):
