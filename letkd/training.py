@@ -50,6 +50,8 @@ class Training:
         self.device = parameters[0].device
         self.optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0,
                                          fused=self.device.type in ('cpu', 'cuda'))
+        for p in parameters if momentum else ():  # PyTorch's fused step cannot begin with some parameters and add others later
+            self.optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp and self.device.type == 'cuda' else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
