@@ -8,11 +8,13 @@ __all__ = ['PAIRS', 'FULL', 'QUICK', 'PARTS', 'side_by_side', 'allocator', 'extr
            'measure_lda', 'measure_growth', 'measure_layers', 'Scale', 'bench', 'Rows', 'step_floor', 'targets',
            'format_bench']
 
-# %% ../nbs/25_bench.ipynb #30ddd385
-import ctypes, inspect, json, time
+# %% ../nbs/25_bench.ipynb #976a3af4
+import ctypes, inspect, json, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterable, Optional
 
@@ -37,7 +39,6 @@ from .prototypes import KMeansPrototypes, blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
 from .taps import capture, rows
-from .checkpoints import write_text
 from .meters import Meter
 from .training import Training
 
@@ -268,9 +269,20 @@ def measure_step(scale, device: torch.device) -> list: # of rows
     shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates, [f'{scale.teacher}-{scale.student}'])
     for name, s in shapes.items(): forms[f'{name.split()[1]} floor'] = _products(s, device)
     found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device, (scale.seconds * 8, scale.least))
-    slow = {name: forms[name] for name in ('letkd1 before', 'letkd1 after')}
-    with allocator(reuse=False): found += _measure('step', 'default allocator', slow, device, (scale.seconds, scale.least), memory=True)
-    return found
+    return found + (_elsewhere('_by_default', scale) if device.type == 'cpu' else [])
+
+def _by_default(scale) -> list: # of rows, in a process whose allocator was never asked for anything
+    device = torch.device('cpu')
+    forms = _both('letkd1', scale, _pictures(scale, device, 2 * scale.batch))
+    forms = {f'letkd1 {name}': step for name, step in forms.items()}
+    return _measure('step', 'default allocator', forms, device, (scale.seconds, scale.least), memory=True)
+
+def _elsewhere(name: str, scale) -> list: # what a function of this module returns in a new process
+    code = f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); from letkd import bench; ' \
+           f'print(json.dumps(bench.{name}(bench.Scale(**json.loads(sys.argv[1])))))'
+    done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
+    return json.loads(done.stdout)
 
 def _forward(model, x):
     def run():
@@ -284,12 +296,10 @@ class _Pictures(torch.utils.data.Dataset):
         from torchvision import transforms as T
         self.images, self.labels = images.images.permute(0, 2, 3, 1).cpu().numpy(), images.labels.tolist()
         side = images.images.shape[2]
-        self.transform = T.Compose([T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(images.mean, images.std)])
+        self.transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(images.mean, images.std)])
 
     def __len__(self): return len(self.labels)
-    def __getitem__(self, i):
-        from PIL import Image
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+    def __getitem__(self, i): return self.transform(self.images[i]), self.labels[i]
 
 def _usual_loader(images: Images, batch: int):
     return torch.utils.data.DataLoader(_Pictures(images), batch, shuffle=True, drop_last=True)
@@ -335,9 +345,9 @@ def _kmeans_forms(x, clusters: int, iterations: int, found: dict) -> dict: # {fo
     def ours(): found['ours'] = kmeans(x, clusters, iterations)[1]
     def sklearn(): found['scikit-learn'] = KMeans(clusters, n_init=1, max_iter=iterations, random_state=0).fit(x.numpy()).inertia_ / len(x)
     forms = {'ours': ours, 'scikit-learn': sklearn}
-    try: import faiss
-    except ImportError: return forms
+    if not find_spec('faiss'): return forms
     def theirs():
+        faiss = import_module('faiss')
         model = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=0, max_points_per_centroid=len(x))
         model.train(x.numpy()); found['faiss'] = model.index.search(x.numpy(), 1)[0].mean()
     return dict(forms, faiss=theirs)
@@ -378,7 +388,8 @@ def measure_growth(scale, device: torch.device) -> list: # of rows
     "The layer against one size at a time."
     base = dict(zip('nck', scale.growth['base']))
     shapes = {f'{name} = {value}': Shape(**(base | {name: value}), c_t=(base | {name: value})['c']) for name in 'nck' for value in scale.growth[name]}
-    return [row for case, s in shapes.items() for row in measure_layer(case, s, device, (scale.seconds / 4, scale.least), 'growth')]
+    known = {s: measure_layer('', s, device, (scale.seconds / 4, scale.least), 'growth') for s in dict.fromkeys(shapes.values())}
+    return [dict(row, case=case) for case, s in shapes.items() for row in known[s]]
 
 def measure_layers(scale, device: torch.device) -> list: # of rows
     "The layer at the main shape, in training and inference, and at the shapes of the published pairs."
@@ -490,18 +501,19 @@ def targets(record: dict # of `bench`
     rows = [(name, x, f'{sign} {wanted:g}', x <= wanted if sign == '<=' else x >= wanted) for name, x, sign, wanted in found if x == x]
     return pd.DataFrame(rows, columns=['target', 'found', 'wanted', 'met'])
 
-# %% ../nbs/25_bench.ipynb #0172a26d
-_HEADINGS = dict(seconds='ms', low='low', high='high', over_floor='x floor', memory='MB', per_second='images/s', inertia='inertia', sine='sine')
+# %% ../nbs/25_bench.ipynb #f9522183
+_HEADINGS = dict(seconds='time\nms', low='low\nms', high='high\nms', over_floor='over\nfloor', memory='memory\nMB', per_second='\nimages/s',
+                 inertia='\ninertia', sine='\nsine')
 _SCALES = dict(seconds=1e3, low=1e3, high=1e3, memory=1e-6)
 _FORMS = dict(over_floor='.2f', sine='.0e', inertia='.4f', per_second=',.0f')
 
 def _cells(rows: pd.DataFrame) -> pd.DataFrame: # of strings
-    cells = {'case': rows.case, 'form': [f'{form} *' if c is True else form for form, c in zip(rows.index, rows.get('chosen', rows.case))]}
+    cells = {'\ncase': list(rows.case), '\nform': [f'{form} *' if c is True else form for form, c in zip(rows.index, rows.get('chosen', rows.case))]}
     for name, heading in _HEADINGS.items():
         if name not in rows: continue
         form = _FORMS.get(name, ',.1f')
-        cells[f'{heading}\n'] = ['' if pd.isna(x) else format(x * _SCALES.get(name, 1), form) for x in rows[name]]
-    frame = pd.DataFrame({f'{k}\n' if '\n' not in k else k: list(v) for k, v in cells.items()})
+        cells[heading] = ['' if pd.isna(x) else format(x * _SCALES.get(name, 1), form) for x in rows[name]]
+    frame = pd.DataFrame(cells)
     frame.iloc[:, 0] = frame.iloc[:, 0].where(~frame.iloc[:, 0].duplicated(), '')
     return frame
 
@@ -512,6 +524,6 @@ def format_bench(record: dict # of `bench`
     r, machine = Rows(record), f"{record['device']}, {record['threads']} thread(s), torch {record['versions']['torch']}"
     tables = [block(part, _cells(r.of(part)), 'text') for part in dict.fromkeys(r.frame.part)]
     goals = targets(record).assign(found=lambda t: t.found.map('{:.2f}'.format), met=lambda t: t.met.map({True: 'yes', False: 'no'}))
-    goals = block('targets', goals.rename(columns=lambda c: f'{c}\n'), 'text') if len(goals) else ''
+    goals = block('targets', goals.rename(columns=lambda c: f'\n{c}'), 'text') if len(goals) else ''
     note = 'Medians in milliseconds of the {} clock, with quartiles. *: the form that `KDLayer` takes by itself.'.format(record['clock'])
     return '\n\n'.join([machine, *tables, goals, note])

@@ -55,7 +55,8 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
                   settings: tuple = (),         # of 'key=value' strings, as the study was run with
                  ):
     "Print the records of a data set or a study as a table, and the published figures beside them where there are any."
-    from letkd.experiments import DATASETS, nearest
+    from letkd.experiments import DATASETS
+    from letkd.methods import nearest
     from letkd.published import beside, format_beside, plot_beside, published
     from letkd.tables import format_table, plot_table, read_records, summary
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)

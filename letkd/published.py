@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import letkd
-from .experiments import Experiment, nearest
-from .methods import method_options
+from .experiments import Experiment
+from .methods import method_options, nearest
 from .tables import block, experiment_of, new_figure, row_of
 
 # %% ../nbs/24_published.ipynb #2ee432aa
@@ -34,16 +34,17 @@ def beside(frame: pd.DataFrame, # of `letkd.tables.summary`
            dataset: str,        # such as 'cifar100'
           ) -> pd.DataFrame:    # the published rows, with n, last, last_sd, best and difference of ours
     "The published figures of a data set with our own, blank where there is no run."
-    theirs = published(dataset).query("metric == 'top1'")
-    keys = ['pair', 'method']
-    return theirs.merge(_ours(frame, dataset), how='left', on=keys).assign(difference=lambda f: f['last'] - f.value)
+    return published(dataset).merge(_ours(frame, dataset), how='left', on=['pair', 'method', 'metric']).assign(
+        difference=lambda f: f['last'] - f.value)
+
+_OURS = dict(top1=dict(top1_last='last', top1_last_sd='last_sd', top1_best='best'), top5=dict(top5_last='last'))
 
 def _ours(frame: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    names = ['pair', 'method', 'n', 'last', 'last_sd', 'best']
-    if frame.empty: return pd.DataFrame(columns=names).astype({k: float for k in names[2:]})
+    names, numbers = ['pair', 'method', 'metric'], ['n', 'last', 'last_sd', 'best']
+    if frame.empty: return pd.DataFrame(columns=[*names, *numbers]).astype({k: float for k in numbers})
     fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.settings == '') & (frame.options == '') & (frame.n > 0)]
-    ours = fair.assign(pair=fair.teacher + '-' + fair.student)
-    return ours.rename(columns=dict(top1_last='last', top1_last_sd='last_sd', top1_best='best'))[names]
+    fair = fair.assign(pair=fair.teacher + '-' + fair.student)
+    return pd.concat([fair.rename(columns=columns).assign(metric=metric).reindex(columns=[*names, *numbers]) for metric, columns in _OURS.items()])
 
 # %% ../nbs/24_published.ipynb #b1d9589f
 def _cells(row: pd.Series) -> dict: # {heading: cell}
@@ -58,15 +59,16 @@ def format_beside(frame: pd.DataFrame, # of `beside`
                  ) -> str:             # several lines
     "Published figures and ours as the command line prints them."
     blocks = []
-    for (dataset, pair), rows in frame.groupby(['dataset', 'pair'], sort=False):
+    for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})], sort=False):
         cells, sources = pd.DataFrame([_cells(row) for _, row in rows.iterrows()]), '; '.join(filter(None, rows.source.unique()))
-        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, top-1 in %, published: {sources or 'nothing'}", cells, style))
+        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: {sources or 'nothing'}", cells, style))
     return '\n\n'.join(blocks)
 
 # %% ../nbs/24_published.ipynb #a9f3e2f4
 def plot_beside(frame: pd.DataFrame, # of `beside`
                ) -> Figure:          # one panel for each pair
-    "Published accuracies and ours, method by method."
+    "Published top-1 and ours, method by method."
+    frame = frame[frame.metric == 'top1']
     pairs, methods = list(frame.groupby('pair', sort=False)), list(frame.method.unique())
     columns = min(len(pairs), 5)
     lines = -(-len(pairs) // columns)

@@ -35,6 +35,7 @@ def _from_all(x: Tensor) -> Tensor: # the rows of every process, this one's alon
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
+# %% ../../nbs/baselines/crd.ipynb #b31a7a72
 class Bank(nn.Module):
     "What is remembered of each training image (@eq-momentum). Everything is a buffer, so checkpoints have it."
     def __init__(self,
@@ -63,6 +64,8 @@ def forward(self: Bank,
     if self.training: self.log_z.copy_(log_z)
     return nce(scores, log_z, len(known))
 
+
+# %% ../../nbs/baselines/crd.ipynb #a3ef49d7
 @patch
 @torch.no_grad()
 def update(self: Bank, index: Tensor, v: Tensor): # B places in the training set; B x D
@@ -131,6 +134,8 @@ def picks(self: Contrast, batch: Batch) -> Tensor: # B x (1+K), places in the tr
     rank = torch.searchsorted(everyone, batch.index)
     return torch.cat([batch.index[:, None], self.others(batch.labels, u[rank])], 1)
 
+
+# %% ../../nbs/baselines/crd.ipynb #e3533706
 @patch
 def forward(self: Contrast, maps: Maps, batch: Batch) -> Tensor:
     (s,), (t,), picks = self.student_taps, self.teacher_taps, self.picks(batch)

@@ -29,6 +29,7 @@ def merge(means: np.ndarray # Y x C
     fitted = AgglomerativeClustering(n_clusters=None, distance_threshold=0., linkage='ward').fit(means)
     return fitted.children_, fitted.distances_
 
+# %% ../../nbs/baselines/tdd.ipynb #bbac74f2
 def members(joined) -> list: # (Y-1) x 2 -> for each node, classes and mergers, its classes
     "The classes below each node."
     sets = [[y] for y in range(len(joined) + 1)]
@@ -88,6 +89,7 @@ def _class_means(x: np.ndarray, y: np.ndarray) -> np.ndarray: # N x C, N -> Y x 
         raise ValueError(f'DecisionTree: found no row of the classes {missing}; expected one of each, up to the largest label {len(counts) - 1}')
     return np.stack([x[y == c].mean(0) for c in range(len(counts))])
 
+# %% ../../nbs/baselines/tdd.ipynb #b8e63c0a
 @patch
 @one_thread()
 def fit(self: DecisionTree, stream: Iterable): # (rows, labels) pairs, one row for each image; read once
