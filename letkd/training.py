@@ -30,6 +30,13 @@ def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
 
 SCHEDULES = {'step': _step, 'one-cycle': _one_cycle}
 
+# %% ../nbs/20_training.ipynb #20a10013
+def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    fused = parameters[0].device.type in ('cpu', 'cuda')
+    optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+    for p in parameters if momentum else (): optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return optimiser
+
 # %% ../nbs/20_training.ipynb #7bf509d6
 class Training:
     "A distiller, its optimiser and schedule, its data, and how far they have come."
@@ -48,10 +55,7 @@ class Training:
         self.distiller, self.batches, self.epochs, self.steps = distiller, batches, epochs, len(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
-        self.optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0,
-                                         fused=self.device.type in ('cpu', 'cuda'))
-        for p in parameters if momentum else ():  # PyTorch's fused step cannot begin with some parameters and add others later
-            self.optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        self.optimiser = _sgd(parameters, lr, momentum, weight_decay)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp and self.device.type == 'cuda' else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
