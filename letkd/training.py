@@ -30,9 +30,8 @@ def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
 
 SCHEDULES = {'step': _step, 'one-cycle': _one_cycle}
 
-# %% ../nbs/20_training.ipynb #d92faf44
-def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    "In one pass over the weights, any of which may get its first gradient late; PyTorch's fused form alone does not take that."
+# %% ../nbs/20_training.ipynb #20a10013
+def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     fused = parameters[0].device.type in ('cpu', 'cuda')
     optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
     for p in parameters if momentum else (): optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
