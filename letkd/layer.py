@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .fused import fused_kd_layer
+from .fused import embed, fused_kd_layer
 from .matching import kd_layer, matching_scores, precise, unit
 
 # %% ../nbs/04_layer.ipynb #d118a9f7
@@ -80,10 +80,9 @@ def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layo
     return out.contiguous() if x.is_contiguous() else out
 
 # %% ../nbs/04_layer.ipynb #83699381
-def _in_tiles(n: int, c: int, k: int, repeats: bool, cuda: bool = False) -> bool: # repeats: is there a backward pass through v?
+def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False) -> bool: # learns: is there a backward pass through v?
     "Are tiles the faster form for these shapes (@eq-rule)?"
-    least, ratio = (2**18, 4) if repeats else (2**16, 1.5)
-    return n * k >= max(least, ratio * c * (n + k), cuda * 2**24)
+    return n * k >= max(2**18, (4 if learns else 1.5) * c * (n + k), cuda * 2**24)
 
 @patch
 def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function for these rows
@@ -156,10 +155,14 @@ class FoldedKDLayer(nn.Module):
         for name, v in dict(weight=weight, bias=bias, semantics=semantics).items(): self.register_buffer(name, v.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor: # B x C x H x W or B x N x C; features like `x`
-        "Add the embedding of what matched."
+        "Add the embedding of what matched; in tiles where they are faster (@eq-rule), and nobody asks for a graph."
         last = x.movedim(1, -1) if x.ndim == 4 else x
-        a = F.relu(F.linear(unit(last), precise(self.weight), precise(self.bias)))
-        return _like((last + F.linear(unit(a), precise(self.semantics))).to(x.dtype), last, x)
+        u, weight, bias, V = unit(last), precise(self.weight), precise(self.bias), precise(self.semantics)
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad)
+        if graph or not _in_tiles(last[..., 0].numel(), *weight.T.shape, False, x.is_cuda):
+            v = F.linear(unit(F.relu(F.linear(u, weight, bias))), V)
+        else: v = embed(u.reshape(-1, u.shape[-1]), weight, bias, V).view(last.shape)
+        return _like((last + v).to(x.dtype), last, x)
 
 # %% ../nbs/04_layer.ipynb #6c2afa04
 @patch
