@@ -24,6 +24,7 @@ from .experiments import DATASETS, Experiment, load_run, read_record, run
 from .layer import KDLayer, folded
 from .methods import create_terms
 from .models import create_model
+from .models.folding import channels_last, inference_form
 from .models.pairs import places_of
 from .prototypes import KMeansPrototypes, one_thread
 from .subclasses import SubClasses
@@ -199,8 +200,9 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     e, device = Experiment.named(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
     (classes, pixels), size = SHAPES[e.dataset], batch or e.batch_size
     data = torch.randn(size, 3, pixels, pixels, device=device), torch.arange(size, device=device) % classes, torch.arange(size, device=device)
-    student, teacher = (create_model(n, classes).to(device) if n else None for n in (e.student, e.teacher))
+    student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None for n in (e.student, e.teacher))
     terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, _random_fit(classes), **e.options)
+    if teacher: teacher = inference_form(teacher, [tap for term in terms for tap in term.teacher_taps])  # as experiments do
     distiller = Distiller(student, teacher, terms).to(device).train()
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
     times = [_step(distiller, optimiser, data) for _ in range(steps + 1)][1:]
