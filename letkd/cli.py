@@ -14,7 +14,7 @@ from typing import Optional
 from . import __version__
 
 # %% ../nbs/28_cli.ipynb #2762b864
-_ERRORS = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)  # what a user can cause and mend
+_ERRORS = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, ImportError)  # what a user can cause and mend
 
 def _settings(pairs: list) -> dict: # of 'key=value' strings
     "What `--set` was given."

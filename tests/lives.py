@@ -3,6 +3,7 @@
 A fork server has everything imported once; a process then starts in a moment, and may be killed as often as one likes.
 """
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -43,6 +44,11 @@ def warm():
 
 
 if os.environ.pop('LIVES', None): warm()  # in the server
+
+
+def call(module, name, *args, **options):
+    "A function of a test module; pytest gives these names that another process cannot import."
+    getattr(importlib.import_module(module.rpartition('.')[2]), name)(*args, **options)
 
 
 def command(args, said=os.devnull, place=None, largest_file=None):

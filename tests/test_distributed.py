@@ -21,7 +21,8 @@ def server(): return lives.server()
 
 def together(server, target, count, *args, **options):
     "Run a function in some processes that are one group; their exit codes."
-    members = [server.Process(target=target, args=args, kwargs=dict(options, place=place)) for place in lives.places(count)]
+    call = target.__module__, target.__name__, *args
+    members = [server.Process(target=lives.call, args=call, kwargs=dict(options, place=place)) for place in lives.places(count)]
     for m in members: m.start()
     for m in members: m.join(300)
     return [m.exitcode for m in members]
