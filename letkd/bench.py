@@ -37,7 +37,8 @@ from .methods import create_terms
 from .models import create_model
 from .models.folding import channels_last, inference_form
 from .models.pairs import pair_taps
-from .prototypes import KMeansPrototypes, blocks, kmeans
+from .probes import random_fit
+from .prototypes import blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
 from .taps import capture, rows
@@ -203,19 +204,6 @@ def published_shapes(batch: int = 64,         # images in a step
                                              _map(teacher, t, resolution)[0] if last else None)
     return found
 
-# %% ../nbs/27_bench.ipynb #7158be0c
-def _made_up(supervision, stream): # fills what `fit` would find
-    r = next(iter(stream))[0]
-    if isinstance(supervision, KMeansPrototypes):
-        supervision.prototypes, supervision.inertia = r[torch.randint(len(r), (supervision.num_prototypes,), device=r.device)], r.new_zeros(())
-        return supervision
-    d, k = supervision.num_dims, supervision.num_classes * supervision.per_class
-    found = dict(mean=(r.shape[1],), projection=(r.shape[1], d), eigenvalues=(d,), prototypes=(k, d), transition=(k, k),
-                 sizes=(supervision.num_classes, supervision.per_class))
-    for name, shape in found.items(): setattr(supervision, name, torch.rand(shape, device=r.device))
-    supervision.transition = supervision.transition.softmax(1)
-    return supervision
-
 # %% ../nbs/27_bench.ipynb #ddd89dce
 def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     "Student, teacher and terms of a method, as before or as after."
@@ -223,8 +211,7 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     teacher, student = (create_model(name, classes).to(images.device) for name in (scale.teacher, scale.student))
     taps = {k: v for k, v in pair_taps(scale.student, scale.teacher).items() if k in ('penultimate', 'intermediate')}
     options = dict(num_prototypes=scale.templates) if method.startswith('letkd') else {}
-    def fit(supervision, stream): supervision.num_classes = classes; return _made_up(supervision, stream)
-    terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=fit, **options)
+    terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=random_fit(classes), **options)
     if after: student, teacher = channels_last(student), inference_form(teacher, [t for term in terms for t in term.teacher_taps])
     distiller = Distiller(student, teacher, terms).to(images.device)
     for layer in distiller.layers.values():

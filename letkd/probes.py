@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COSTS', 'TRAINING', 'pooled', 'lda_probe', 'intermediate_probe', 'probe_run', 'multiply_adds',
-           'seconds_per_image', 'layer_costs', 'format_costs', 'step_seconds']
+           'seconds_per_image', 'layer_costs', 'format_costs', 'random_fit', 'step_seconds', 'letkd2_sizes']
 
 # %% ../nbs/25_probes.ipynb #3163b27c
 import copy, json, time
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Callable, Iterable, Optional
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,6 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from .analysis import kd_layers
-from .data.batches import Batches
 from .distiller import Distiller
 from .experiments import DATASETS, Experiment, load_run, read_record, run
 from .layer import KDLayer, folded
@@ -177,16 +176,18 @@ def format_costs(frame: pd.DataFrame,  # of `layer_costs`
 # %% ../nbs/25_probes.ipynb #a978a134
 TRAINING = dict(cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167, digit_pairs=20_000, digit_pairs_paper=50_000)  # images
 
-def _random_fit(classes: int): # a stand-in for `Setup.fit`
-    def fit(supervision, stream): # of K-means or sub-classes; others stay unfitted
-        channels, normal = next(iter(stream))[0].shape[1], lambda *shape: torch.randn(*shape) / 10
+def random_fit(classes: int # Y
+              ) -> Callable: # a stand-in for `Setup.fit`, for timing
+    "Fill K-means prototypes and sub-classes with rows and numbers drawn at random; other supervisions stay unfitted."
+    def fit(supervision, stream):
+        r = next(iter(stream))[0]
         if isinstance(supervision, KMeansPrototypes):
-            supervision.prototypes, supervision.inertia = normal(supervision.num_prototypes, channels), torch.zeros(())
+            supervision.prototypes, supervision.inertia = r[torch.randint(len(r), (supervision.num_prototypes,), device=r.device)], r.new_zeros(())
         if not isinstance(supervision, SubClasses): return supervision
-        d, k = min(supervision.num_dims, channels), classes * supervision.per_class
-        supervision.mean, supervision.projection, supervision.eigenvalues = normal(channels), normal(channels, d), torch.ones(d)
-        supervision.prototypes, supervision.transition = normal(k, d), torch.full((k, k), 1 / k)
-        supervision.sizes = torch.ones(classes, supervision.per_class)
+        channels, d, k, supervision.num_classes = r.shape[1], min(supervision.num_dims, r.shape[1]), classes * supervision.per_class, classes
+        found = dict(mean=(channels,), projection=(channels, d), eigenvalues=(d,), prototypes=(k, d), transition=(k, k), sizes=(classes, supervision.per_class))
+        for name, shape in found.items(): setattr(supervision, name, torch.rand(shape, device=r.device))
+        supervision.transition = supervision.transition.softmax(1)
         return supervision
     return fit
 
@@ -201,7 +202,7 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     (classes, pixels), size = SHAPES[e.dataset], batch or e.batch_size
     data = torch.randn(size, 3, pixels, pixels, device=device), torch.arange(size, device=device) % classes, torch.arange(size, device=device)
     student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None for n in (e.student, e.teacher))
-    terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, _random_fit(classes), **e.options)
+    terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, random_fit(classes), **e.options)
     if teacher: teacher = inference_form(teacher, [tap for term in terms for tap in term.teacher_taps])  # as experiments do
     distiller = Distiller(student, teacher, terms).to(device).train()
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
@@ -215,3 +216,18 @@ def _step(distiller: Distiller, optimiser, data: tuple) -> float: # seconds
         sum(distiller(*data, .5)[1].values()).backward()
         optimiser.step()
     return _seconds(work, data[0].is_cuda)
+
+# %% ../nbs/25_probes.ipynb #8d2f6a11
+def letkd2_sizes(student: str,          # a name that `create_model` knows
+                 classes: int,          # Y
+                 channels: int,         # C of the student's two maps
+                 teacher_channels: int, # of the teacher's penultimate map
+                 templates: int = 4096, # K of the penultimate layer
+                 per_class: int = 8,    # sub-classes in each class
+                 dims: int = 60,        # that LDA keeps
+                ) -> tuple:             # (student, checkpoint), in megabytes
+    "How large the files of a letKD-2 run are."
+    k = classes * per_class
+    modules = create_model(student, classes), KDLayer(channels, templates), KDLayer(channels, k)
+    weights = sum(p.numel() for m in modules for p in m.parameters())
+    return 4e-6 * weights, 4e-6 * (2 * weights + templates * teacher_channels + k * (k + dims))

@@ -1,6 +1,5 @@
 "The command line as a user meets it: in processes of its own."
 import json
-import os
 import signal
 import subprocess
 import sys

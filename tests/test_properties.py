@@ -13,11 +13,10 @@ import torch
 from hypothesis import assume, example, given, settings, strategies as st
 from torch import nn
 
-from letkd.data.batches import Images
 from letkd.distiller import Distiller
 from letkd.experiments import DATASETS, Experiment
 from letkd.fused import fused_kd_layer
-from letkd.layer import KDLayer, supervised
+from letkd.layer import KDLayer
 from letkd.matching import DenseTarget, kd_layer
 from letkd.methods import CrossEntropy, create_terms, method_options
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
