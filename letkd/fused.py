@@ -86,7 +86,7 @@ def _tile(u: Tensor, rows: int, k: int, safe=True) -> Tensor: # rows x K, in the
 def _tiles(u: Tensor, w: Tensor, count: int, fresh: int = 0, safe=True) -> Iterator[tuple]: # (i, j, (j - i) x K, ...)
     "Rows i to j of N and `count` tiles: the first `fresh` are new each time, the others serve every time."
     n, k = len(u), len(w)
-    rows = min(max(320, (2**22 if u.is_cuda else 2**18) // k), max(n, 1))
+    rows = min(max(256, (2**22 if u.is_cuda else 2**18) // k), max(n, 1))
     again = [_tile(u, rows, k) for _ in range(count - fresh)]
     for i in range(0, n, rows):
         j = min(i + rows, n)
@@ -107,10 +107,13 @@ def embed(u: Tensor,         # N x C pixels of length 1
     return y
 
 # %% ../nbs/03_fused.ipynb #d6f2bd6b
+def _below(s: Tensor, top: Tensor, out: Tensor) -> Tensor: # s - top, or the least exponent of an ordinary float, in `out`
+    return torch.sub(s, top, out=out).clamp_min_(math.log2(torch.finfo(s.dtype).tiny))
+
 def _softmax(s: Tensor, out: Tensor, calm: bool = False) -> tuple: # (in `out`, its sums, log2 of the sums of 2^s); sums are rows x 1
     "Softmax to base two, not yet divided."
     top = 0 if calm else s.amax(1, keepdim=True)
-    e = torch.exp2(s if calm else torch.sub(s, top, out=out), out=out)
+    e = torch.exp2(s if calm else _below(s, top, out), out=out)
     total = e.sum(1, keepdim=True)
     return e, total, total.log2() + top
 
@@ -122,7 +125,7 @@ class _Prototypes:
 
     def tile(self, i, j, s, p, t): # (probabilities, the sum of @eq-row, mass)
         torch.addmm(self.bias, self.rows[i:j], self.prototypes.T, out=t)
-        t.sub_(t.amax(1, keepdim=True))
+        _below(t, t.amax(1, keepdim=True), t)
         p, total, lse = _softmax(t, p, calm=True)
         p.mul_(total.reciprocal())
         return p, t.sub_(s).mul_(p).sum(1, keepdim=True) - lse, 1
@@ -227,14 +230,13 @@ def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept) -> tuple: # gradie
 # %% ../nbs/03_fused.ipynb #f31b84d2
 def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: # as `_fast_back`
     "Backward pass with scores computed again, or kept where there is no teacher (@eq-back-small)."
-    du, dV, centre = torch.empty_like(u), torch.zeros_like(V), u.sum(0) / max(len(u), 1)
-    c, gw = torch.cat([u - centre, u.new_ones(len(u), 1)], 1), gain[:, None] * w
-    q, kept = u.new_zeros(c.shape[1], len(w)), iter(kept)
+    du, q, dbias, dV, centre = *(torch.zeros_like(t) for t in (u, V, gain, V)), u.sum(0) / max(len(u), 1)
+    c, gw, ones, kept = u - centre, gain[:, None] * w, u.new_ones(len(u)), iter(kept)
     for i, j, a, z in _tiles(u, w, 2):
         s = next(kept, None)
         if s is None: s = torch.mm(u[i:j], w.T, out=a)
         _spread(_value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV), c[i:j], gw, du[i:j], q)
-    q, dbias = q[:-1], q[-1]
+        dbias.addmv_(z.T, ones[i:j])
     dgain = (q * w.T).sum(0) + (w @ centre - mean) * dbias
     dw = (q + torch.outer(centre, dbias)) * gain
     for t, more in zip((du, dw), early): t.addcmul_(more, f, value=-1)
