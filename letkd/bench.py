@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'FULL', 'QUICK', 'PARTS', 'side_by_side', 'allocator', 'extra_memory', 'Shape', 'layer_forms',
-           'inference_forms', 'measure_layer', 'published_shapes', 'measure_step', 'measure_kd', 'measure_kmeans',
-           'measure_lda', 'measure_growth', 'measure_layers', 'Scale', 'bench', 'Rows', 'step_floor', 'targets',
-           'format_bench']
+           'inference_forms', 'measure_layer', 'published_shapes', 'compiles', 'measure_step', 'measure_kd',
+           'measure_kmeans', 'measure_lda', 'measure_growth', 'measure_layers', 'Scale', 'bench', 'Rows', 'step_floor',
+           'targets', 'format_bench']
 
 # %% ../nbs/27_bench.ipynb #976a3af4
 import ctypes, inspect, json, subprocess, sys, time
@@ -41,7 +41,7 @@ from .probes import random_fit
 from .prototypes import blocks, kmeans
 from .subclasses import Moments, lda_map
 from .tables import block
-from .taps import capture, rows
+from .taps import capture, compiled_capture, rows
 from .training import Training
 
 # %% ../nbs/27_bench.ipynb #b2d7bdca
@@ -126,8 +126,8 @@ def _products(s: Shape, device, forward: bool = False) -> Callable: # the matrix
     return run
 
 # %% ../nbs/27_bench.ipynb #1b60b3e8
-def _functions() -> dict: # {form: a function with the signature of `kd_layer`}
-    known = dict(plain=kd_layer, fused=fused_kd_layer)
+def _functions(compiled: bool) -> dict: # {form: a function with the signature of `kd_layer`}
+    known = dict(plain=kd_layer) | (dict(compiled=torch.compile(kd_layer)) if compiled else {}) | dict(fused=fused_kd_layer)
     return known | ({'lean': partial(fused_kd_layer, lean=True)} if 'lean' in inspect.signature(fused_kd_layer).parameters else {})
 
 def _target(s: Shape, device):
@@ -143,10 +143,13 @@ def _training(layer: KDLayer, function: Callable, x, target) -> Callable:
     return run
 
 # %% ../nbs/27_bench.ipynb #14105a4f
-def layer_forms(s: Shape, device: torch.device) -> tuple: # ({form: a training step of the layer}, the form that `KDLayer` takes)
+def layer_forms(s: Shape,                # what the layer meets
+                device: torch.device,    # where
+                compiled: bool = False,  # the plain form by `torch.compile` too?
+               ) -> tuple:               # ({form: a training step of the layer}, the form that `KDLayer` takes)
     "The floor and every form of the layer."
     layer, x, target = KDLayer(s.c, s.k).to(device), torch.randn(s.n, s.c, device=device, requires_grad=True), _target(s, device)
-    own, functions = layer._function(x), _functions()
+    own, functions = layer._function(x), _functions(compiled)
     own = own.func if isinstance(own, partial) and own.func is kd_layer else own
     chosen = 'plain' if own is kd_layer else 'lean' if getattr(own, 'keywords', {}).get('lean') else 'fused'
     return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name, f in functions.items()}), chosen
@@ -171,9 +174,10 @@ def measure_layer(case: str,            # what to call it
                   device: torch.device, # where
                   budget: tuple = (3., 3), # seconds to spend, least number of turns
                   part: str = 'layer',  # of the benchmark
+                  compiled: bool = False, # the plain form by `torch.compile` too?
                  ) -> list:             # of rows
     "A KD layer in training, form by form."
-    forms, chosen = layer_forms(s, device)
+    forms, chosen = layer_forms(s, device, compiled)
     found = _measure(part, case, forms, device, budget, memory=True, **asdict(s))
     return [dict(row, chosen=row['form'] == chosen) for row in found]
 
@@ -204,6 +208,14 @@ def published_shapes(batch: int = 64,         # images in a step
                                              _map(teacher, t, resolution)[0] if last else None)
     return found
 
+# %% ../nbs/27_bench.ipynb #b3e09f57
+def compiles(scale, device: torch.device) -> bool:
+    "Should `torch.compile` take part, and can it? On the CPU it needs a C++ compiler."
+    if not scale.compiled or device.type != 'cpu': return scale.compiled
+    try: torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception: return False  # whatever it misses
+    return True
+
 # %% ../nbs/27_bench.ipynb #ddd89dce
 def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     "Student, teacher and terms of a method, as before or as after."
@@ -214,6 +226,7 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=random_fit(classes), **options)
     if after: student, teacher = channels_last(student), inference_form(teacher, [t for term in terms for t in term.teacher_taps])
     distiller = Distiller(student, teacher, terms).to(images.device)
+    if after and compiles(scale, images.device): distiller.compile_teacher(images.images[:scale.batch].float())
     for layer in distiller.layers.values():
         if not after: layer._function = lambda rows: kd_layer
     return distiller
@@ -259,7 +272,9 @@ def measure_step(scale, device: torch.device) -> list: # of rows
     images = _pictures(scale, device, 2 * scale.batch)
     forms = {f'{method} {form}': step for method in ('ce', 'kd', 'letkd1', 'letkd2') for form, step in _both(method, scale, images).items()}
     teacher, x = create_model(scale.teacher, scale.classes).to(device).eval(), next(iter(Batches(images, scale.batch)))[0]
-    for name, model in (('before', teacher), ('after', inference_form(teacher))): forms[f'teacher {name}'] = _forward(model, x)
+    folded = inference_form(teacher)
+    for name, model in dict(before=teacher, folded=folded, after=compiled_capture(folded, [], x) if compiles(scale, device) else folded).items():
+        forms[f'teacher {name}'] = _forward(model, x)
     shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates, [f'{scale.teacher}-{scale.student}'])
     for name, s in shapes.items(): forms[f'{name.split()[1]} floor'] = _products(s, device)
     found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device, (scale.seconds * 8, scale.least))
@@ -384,7 +399,7 @@ def measure_growth(scale, device: torch.device) -> list: # of rows
 def measure_layers(scale, device: torch.device) -> list: # of rows
     "The layer at the main shape, in training and inference, and at the shapes of the published pairs."
     main, budget = Shape(*scale.main), (scale.seconds, scale.least)
-    found = measure_layer('main', main, device, budget)
+    found = measure_layer('main', main, device, budget, compiled=compiles(scale, device))
     found += _measure('inference', 'main', inference_forms(main, device), device, budget, memory=True, **asdict(main))
     shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates, scale.pairs)
     known = {main}
@@ -408,11 +423,12 @@ class Scale:
     resolution: int = 32       # pixels
     classes: int = 100         # of the images
     templates: int = 4096      # K at the penultimate layer
+    compiled: bool = True      # with `torch.compile`, where there is a compiler
     kmeans: tuple = (50_000, 64, 1024) # rows, channels, clusters
     lda: tuple = (400_000, 64, 100)     # rows, channels, classes
 
 FULL = Scale(growth=dict(base=(4096, 64, 4096), n=(256, 1024, 4096, 16384), c=(16, 64, 256), k=(64, 256, 1024, 4096, 16384)))
-QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),
+QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], compiled=False, growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),
               kmeans=(20_000, 64, 256), lda=(100_000, 64, 100))
 PARTS = dict(layer=measure_layers, step=measure_step, kd=measure_kd, lda=measure_lda, kmeans=measure_kmeans, growth=measure_growth)
 
@@ -447,7 +463,7 @@ class Rows:
     def of(self, part: str, case: Optional[str] = None) -> pd.DataFrame: # its rows, indexed by form
         "One part, or one case of it; without the columns that it has not."
         rows = self.frame[(self.frame.part == part) & (case is None or self.frame.case == case)]
-        return rows.dropna(axis=1, how='all').set_index('form')
+        return (rows.dropna(axis=1, how='all') if len(rows) else rows).set_index('form')
 
     def cases(self, part: str) -> list: # of strings, in the order of measuring
         "What was compared in a part."

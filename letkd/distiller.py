@@ -19,7 +19,7 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import evaluating, capture, grid_of, insert, replace, resolve, rows, stream
+from .taps import evaluating, capture, compiled_capture, grid_of, insert, replace, resolve, rows, stream
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -72,6 +72,7 @@ class Distiller(nn.Module):
         self.student, self.terms = student, nn.ModuleList(terms)
         self.__dict__['teacher'] = None if teacher is None else teacher.eval()
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
+        self.compiled = None
         _check(self)
         self.inserted = [replace(student, path, module) for t in self.terms for path, module in t.replaces.items()]
         self.inserted += [insert(student, tap, layer) for tap, layer in self.layers.items()]
@@ -126,8 +127,9 @@ def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
     if self.memory is not None and batch.index is not None:
         logits, *maps = (known[batch.index] for known in self.memory)
         return logits, dict(zip(self.taps('teacher'), maps))
-    with torch.no_grad(), capture(self.teacher, self.taps('teacher')) as maps: logits = self.teacher(batch.images)
-    return logits, maps
+    with torch.no_grad():
+        if self.compiled: return self.compiled(batch.images)
+        with capture(self.teacher, self.taps('teacher')) as maps: return self.teacher(batch.images), maps
 
 # %% ../nbs/08_distiller.ipynb #a91d9c41
 @patch
@@ -358,7 +360,7 @@ def remember(self: Distiller,
     if not self.needs_teacher: return False
     for images, labels, index in batches:
         logits, maps = self._teacher(Batch(images, labels))
-        said = [logits, *maps.values()]
+        said = [logits, *(maps[tap] for tap in self.taps('teacher'))]
         if memory is None:
             if count * sum(x[0].numel() * x.element_size() for x in said) > limit: return False
             memory = [x.new_empty(count, *x.shape[1:]) for x in said]
@@ -367,3 +369,12 @@ def remember(self: Distiller,
     if seen != count: raise ValueError(f'Distiller.remember: found {seen} images; expected each of {count} once')
     self.memory = memory
     return True
+
+# %% ../nbs/08_distiller.ipynb #f21a7b86
+@patch
+def compile_teacher(self: Distiller,
+                    images: Tensor, # a batch as it will be trained on
+                    **options,      # of `torch.compile`
+                   ):
+    "From now on the teacher runs compiled; the first batch waits for the compiler."
+    if self.needs_teacher: self.compiled = compiled_capture(self.teacher, self.taps('teacher'), images, **options)

@@ -101,6 +101,7 @@ class Experiment:
     weight_decay: float = 5e-4     # on every parameter
     augment: bool = True           # as the data set's entry says
     amp: bool = True               # bfloat16 on CUDA
+    compile: bool = False          # the teacher, by `torch.compile`
     sync_bn: bool = False          # batch normalisation over all processes, on CUDA
     train_size: Optional[int] = None # the first so many training images; None: all
     resolution: Optional[int] = None # pixels; None: the data set's own
@@ -396,6 +397,7 @@ def run(e: Experiment,                # what to run
         agreed(lambda: _announce(e, folder, quiet))
         perplexities = _perplexities(training.distiller, plain)
         if not e.augment: training.distiller.remember(plain, len(plain.images))
+        if e.compile: training.distiller.compile_teacher(next(iter(plain))[0][:e.batch_size])
         images = e.load(e.eval_split)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
