@@ -224,8 +224,8 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     taps = {k: v for k, v in pair_taps(scale.student, scale.teacher).items() if k in ('penultimate', 'intermediate')}
     options = dict(num_prototypes=scale.templates) if method.startswith('letkd') else {}
     terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=random_fit(classes), **options)
-    if after: student, teacher = channels_last(student), inference_form(teacher, [t for term in terms for t in term.teacher_taps])
-    distiller = Distiller(student, teacher, terms).to(images.device)
+    distiller = Distiller(channels_last(student) if after else student, teacher, terms).to(images.device)
+    if after: distiller.fold_teacher()
     if after and compiles(scale, images.device): distiller.compile_teacher(images.images[:scale.batch].float())
     for layer in distiller.layers.values():
         if not after: layer._function = lambda rows: kd_layer
@@ -423,9 +423,9 @@ class Scale:
     resolution: int = 32       # pixels
     classes: int = 100         # of the images
     templates: int = 4096      # K at the penultimate layer
-    compiled: bool = True      # with `torch.compile`, where there is a compiler
     kmeans: tuple = (50_000, 64, 1024) # rows, channels, clusters
     lda: tuple = (400_000, 64, 100)     # rows, channels, classes
+    compiled: bool = True       # with `torch.compile`, where there is a compiler
 
 FULL = Scale(growth=dict(base=(4096, 64, 4096), n=(256, 1024, 4096, 16384), c=(16, 64, 256), k=(64, 256, 1024, 4096, 16384)))
 QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], compiled=False, growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),

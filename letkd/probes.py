@@ -23,7 +23,7 @@ from .experiments import DATASETS, Experiment, load_run, read_record, run
 from .layer import KDLayer, folded
 from .methods import create_terms
 from .models import create_model
-from .models.folding import channels_last, inference_form
+from .models.folding import channels_last
 from .models.pairs import places_of
 from .prototypes import KMeansPrototypes, one_thread
 from .subclasses import SubClasses
@@ -203,8 +203,8 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     data = torch.randn(size, 3, pixels, pixels, device=device), torch.arange(size, device=device) % classes, torch.arange(size, device=device)
     student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None for n in (e.student, e.teacher))
     terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, random_fit(classes), **e.options)
-    if teacher: teacher = inference_form(teacher, [tap for term in terms for tap in term.teacher_taps])  # as experiments do
     distiller = Distiller(student, teacher, terms).to(device).train()
+    distiller.fold_teacher()  # as experiments do
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
     times = [_step(distiller, optimiser, data) for _ in range(steps + 1)][1:]
     second, seen = float(np.median(times)), TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs

@@ -1,5 +1,7 @@
 "The command line as a user meets it: in processes of its own."
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +53,19 @@ def test_a_run_that_is_done_is_not_done_again(out):
     again = letkd('run', NAME, '--out', out, **SMALL)
     assert again.returncode == 0 and path.stat().st_mtime_ns == before
     assert 'epoch' not in again.stdout.replace('last epoch', '')
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler here')
+def test_the_teacher_may_run_compiled(tmp_path):
+    losses = []
+    for compiled in False, True:
+        done = letkd('run', NAME, '--out', tmp_path/str(compiled), **dict(SMALL, epochs=1), augment=True, compile=compiled)
+        assert done.returncode == 0, done.stderr
+        path, record = record_of(tmp_path/str(compiled))
+        assert record['settings']['compile'] is compiled
+        row = json.loads((path.parent/'metrics.jsonl').read_text())
+        losses.append([value for key, value in row.items() if key not in ('seconds', 'top1', 'top5', 'train_top1')])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
