@@ -35,7 +35,7 @@ from .matching import PrototypeTarget, TableTarget, kd_layer
 from .meters import Meter
 from .methods import create_terms
 from .models import create_model
-from .models.folding import channels_last, inference_form
+from .models.folding import channels_last, fold_teacher, inference_form
 from .models.pairs import pair_taps
 from .probes import random_fit
 from .prototypes import blocks, kmeans
@@ -209,8 +209,10 @@ def published_shapes(batch: int = 64,         # images in a step
     return found
 
 # %% ../nbs/27_bench.ipynb #b3e09f57
-def compiles(scale, device: torch.device) -> bool:
-    "Should `torch.compile` take part, and can it? On the CPU it needs a C++ compiler."
+def compiles(scale,                # a `Scale`
+             device: torch.device, # that the code is for
+            ) -> bool:             # does `torch.compile` take part?
+    "It does where it was asked for and can; on the CPU it needs a C++ compiler."
     if not scale.compiled or device.type != 'cpu': return scale.compiled
     try: torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception: return False  # whatever it misses
@@ -225,7 +227,7 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     options = dict(num_prototypes=scale.templates) if method.startswith('letkd') else {}
     terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=random_fit(classes), **options)
     distiller = Distiller(channels_last(student) if after else student, teacher, terms).to(images.device)
-    if after: distiller.fold_teacher()
+    if after: fold_teacher(distiller)
     if after and compiles(scale, images.device): distiller.compile_teacher(images.images[:scale.batch].float())
     for layer in distiller.layers.values():
         if not after: layer._function = lambda rows: kd_layer

@@ -17,7 +17,6 @@ from fastcore.basics import patch
 
 from .layer import KDLayer, supervised
 from .matching import precise
-from .models.folding import inference_form
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
 from .taps import evaluating, capture, compiled_capture, grid_of, insert, replace, resolve, rows, stream
@@ -370,12 +369,6 @@ def remember(self: Distiller,
     if seen != count: raise ValueError(f'Distiller.remember: found {seen} images; expected each of {count} once')
     self.memory = memory
     return True
-
-# %% ../nbs/08_distiller.ipynb #2a7d90c5
-@patch
-def fold_teacher(self: Distiller):
-    "From now on the teacher runs in its inference form; the network that was given is left as it is."
-    if self.teacher is not None: self.__dict__['teacher'] = inference_form(self.teacher, self.taps('teacher'))
 
 # %% ../nbs/08_distiller.ipynb #f21a7b86
 @patch

@@ -31,7 +31,7 @@ from .distiller import Distiller
 from .methods import addends, create_terms, method_options, nearest
 from .matching import perplexity
 from .models import create_model
-from .models.folding import channels_last
+from .models.folding import channels_last, fold_teacher
 from .models.pairs import pair_taps
 from .processes import agreed, processes, rank
 from .taps import resolve
@@ -374,7 +374,7 @@ def prepare(e: Experiment,                # what to run
     student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
-    distiller.fold_teacher()
+    fold_teacher(distiller)
     if e.sync_bn and device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones,
                         e.momentum, e.weight_decay, e.amp)

@@ -61,12 +61,17 @@ def _assign(s: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tensor: # A
     "The assignment of a tile. The backward pass repeats just these operations, so that no ReLU decides otherwise."
     return torch.addcmul(offset, s, gain, out=out).clamp_min_(0)
 
-def _inverse_length(a: Tensor) -> Tensor: # rows x 1; 0 for a row of zeros
-    length = torch.linalg.vector_norm(a, dim=1, keepdim=True)
-    return length.reciprocal().masked_fill_(length == 0, 0)
+def _lengths(a: Tensor, out: Optional[Tensor] = None) -> Tensor: # of the rows, rows x 1
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True, out=out)
+
+def _inverse(lengths: Tensor) -> Tensor: # 0 for a row of zeros
+    return lengths.reciprocal().masked_fill_(lengths == 0, 0)
 
 # %% ../nbs/03_fused.ipynb #6873ef88
 _FREE = defaultdict(list) # (rows, K, type): memory that no tile uses now
+
+def _spaced(u: Tensor, rows: int, k: int) -> Tensor: # rows x K, in the type of u, not filled
+    return u.new_empty(rows, k + 16)[:, :k]
 
 def _give_back(free: list, memory: Tensor, safe):
     if safe and len(free) * memory.nbytes < 2**28: free.append(memory)
@@ -77,7 +82,7 @@ def _tile(u: Tensor, rows: int, k: int, safe=True) -> Tensor: # rows x K, in the
     free = _FREE[rows, k, u.dtype]
     try: memory = free.pop()
     except IndexError:
-        with torch.inference_mode(False): memory = u.new_empty(rows, k)
+        with torch.inference_mode(False): memory = _spaced(u, rows, k)
     tile = memory.detach()
     weakref.finalize(tile, _give_back, free, memory, safe).atexit = False
     return tile
@@ -100,11 +105,12 @@ def embed(u: Tensor,         # N x C pixels of length 1
           semantics: Tensor, # C x K, rows of length 1, or times a scale
          ) -> Tensor:        # N x C; no gradients
     "A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (@eq-late): all of the layer that inference needs."
-    y = u.new_empty(len(u), len(semantics))
+    y, lengths = u.new_empty(len(u), len(semantics)), u.new_empty(len(u), 1)
     for i, j, a in _tiles(u, weight, 1):
         torch.addmm(bias, u[i:j], weight.T, out=a).clamp_min_(0)
-        torch.mm(a, semantics.T, out=y[i:j]).mul_(_inverse_length(a))
-    return y
+        _lengths(a, out=lengths[i:j])
+        torch.mm(a, semantics.T, out=y[i:j])
+    return y.mul_(_inverse(lengths))
 
 # %% ../nbs/03_fused.ipynb #d6f2bd6b
 def _below(s: Tensor, top: Tensor, out: Tensor) -> Tensor: # s - top, or the least exponent of an ordinary float, in `out`
@@ -182,7 +188,7 @@ class _Loss(torch.autograd.Function):
     "Supervision of scores u wᵀ (bits) by a teacher, with its gradient."
     @staticmethod
     def forward(ctx, u, w, teacher, calm): # N x C, K x C -> scalar
-        du, dw, kl, taught = torch.empty_like(u), w.new_zeros(w.T.shape), u.new_empty(len(u), 1), any(ctx.needs_input_grad)
+        du, dw, kl, taught = torch.empty_like(u), _spaced(u, *w.T.shape).zero_(), u.new_empty(len(u), 1), any(ctx.needs_input_grad)
         for i, j, s, e, p, t in _tiles(u, w, 4):
             torch.mm(u[i:j], w.T, out=s)
             kl[i:j], more = _supervise(s, e, teacher, i, j, p, t, calm)
@@ -198,15 +204,16 @@ class _Loss(torch.autograd.Function):
 # %% ../nbs/03_fused.ipynb #b6d0d658
 def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
     "Forward pass over all tiles (@eq-late, @eq-row). `fresh` tiles of each are kept, or else `early` gets gradients of u and w."
-    y, inverse, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
+    y, lengths, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
     for i, j, s, e, p, t in _tiles(u, w, 4, fresh, safe):
         torch.mm(u[i:j], w.T, out=s)
         if teacher: kl[i:j], more = _supervise(s, e, teacher, i, j, p, t, calm)
         if early: _spread(more, u[i:j], w, early[0][i:j], early[1])
         a = _assign(s, gain, offset, p if fresh else s)
-        inverse[i:j] = _inverse_length(a)
+        _lengths(a, out=lengths[i:j])
         torch.mm(a, V.T, out=y[i:j])
         kept += (s, e)[:fresh]
+    inverse = _inverse(lengths)
     return y.mul_(inverse), inverse, kl, kept
 
 # %% ../nbs/03_fused.ipynb #0b7ae3c9
@@ -219,7 +226,7 @@ def _value_back(d, pull, V, a, z, dV) -> Tensor: # gradient at the output of BN,
 # %% ../nbs/03_fused.ipynb #7fc6ccd0
 def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept) -> tuple: # gradients of u, w (as C x K), gain, bias, V
     "Backward pass from kept scores and loss gradients (@eq-back-scores)."
-    du, dw, dgain, dbias, dV = (torch.zeros_like(t) for t in (u, V, gain, gain, V))
+    du, (dgain, dbias), (dw, dV) = torch.empty_like(u), gain.new_zeros(2, len(w)), (_spaced(u, *V.shape).zero_() for _ in 'wV')
     for (i, j, a, z), s, more in zip(_tiles(u, w, 2), kept[::2], kept[1::2]):
         _value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV)
         dbias += z.sum(0)
@@ -230,8 +237,9 @@ def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept) -> tuple: # gradie
 # %% ../nbs/03_fused.ipynb #f31b84d2
 def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: # as `_fast_back`
     "Backward pass with scores computed again, or kept where there is no teacher (@eq-back-small)."
-    du, q, dbias, dV, centre = *(torch.zeros_like(t) for t in (u, V, gain, V)), u.sum(0) / max(len(u), 1)
-    c, gw, ones, kept = u - centre, gain[:, None] * w, u.new_ones(len(u)), iter(kept)
+    du, dbias, (q, dV) = torch.empty_like(u), torch.zeros_like(gain), (_spaced(u, *V.shape).zero_() for _ in 'qV')
+    centre, gw, ones, kept = u.sum(0) / max(len(u), 1), gain[:, None] * w, u.new_ones(len(u)), iter(kept)
+    c = u - centre
     for i, j, a, z in _tiles(u, w, 2):
         s = next(kept, None)
         if s is None: s = torch.mm(u[i:j], w.T, out=a)
@@ -249,7 +257,8 @@ class _Matching(torch.autograd.Function):
     def forward(ctx, u, w, gain, mean, bias, V, teacher, calm, lean, safe):
         learns, offset = any(ctx.needs_input_grad), torch.addcmul(bias, gain, mean, value=-1)
         ctx.fresh = 0 if lean or not learns else 2 if teacher else 1
-        early = [torch.empty_like(u), torch.zeros_like(V)] if teacher and learns and lean else []
+        early = [torch.empty_like(u), _spaced(u, *V.shape).zero_()] if teacher and learns and lean else []
+        V = _spaced(u, *V.shape).copy_(V)
         y, inverse, kl, kept = _match(u, w, gain, offset, V, teacher, calm, ctx.fresh, early, safe)
         ctx.per_row, ctx.early = teacher and 1 / (_BITS * max(len(u), 1)), len(early)
         ctx.save_for_backward(u, w, gain, mean, offset, V, y, inverse, *early, *kept)

@@ -23,7 +23,7 @@ from .experiments import DATASETS, Experiment, load_run, read_record, run
 from .layer import KDLayer, folded
 from .methods import create_terms
 from .models import create_model
-from .models.folding import channels_last
+from .models.folding import channels_last, fold_teacher
 from .models.pairs import places_of
 from .prototypes import KMeansPrototypes, one_thread
 from .subclasses import SubClasses
@@ -204,7 +204,7 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None for n in (e.student, e.teacher))
     terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, random_fit(classes), **e.options)
     distiller = Distiller(student, teacher, terms).to(device).train()
-    distiller.fold_teacher()  # as experiments do
+    fold_teacher(distiller)  # as experiments do
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
     times = [_step(distiller, optimiser, data) for _ in range(steps + 1)][1:]
     second, seen = float(np.median(times)), TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs
