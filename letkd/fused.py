@@ -173,11 +173,11 @@ def _teacher(target, like: Tensor): # what gives a target's tiles; None for None
     return kinds.get(type(target), _Dense)(target, like)
 
 # %% ../nbs/03_fused.ipynb #3f8c21d7
-def _supervise(s, e, teacher, i, j, p, t, calm) -> tuple: # (KL_n, rows x 1; p_T - π p_S, in `e`)
+def _supervise(s, out, teacher, i, j, p, t, calm) -> tuple: # (KL_n, rows x 1; p_T - π p_S, in `out`, which may be `t`)
     "The loss of a tile of scores and, but for its sign, its gradient (@eq-row)."
-    e, total, lse = _softmax(s, e, calm)
     p, part, mass = teacher.tile(i, j, s, p, t)
-    return part + mass * lse, torch.addcmul(p, e, mass / total, value=-1, out=e)
+    e, total, lse = _softmax(s, t, calm)
+    return part + mass * lse, torch.addcmul(p, e, mass / total, value=-1, out=out)
 
 def _spread(d, u, w, du, dw): # gradients d of a tile of scores u wᵀ; dw lies as C x K
     torch.mm(d, w, out=du)
@@ -189,9 +189,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, w, teacher, calm): # N x C, K x C -> scalar
         du, dw, kl, taught = torch.empty_like(u), _spaced(u, *w.T.shape).zero_(), u.new_empty(len(u), 1), any(ctx.needs_input_grad)
-        for i, j, s, e, p, t in _tiles(u, w, 4):
+        for i, j, s, p, t in _tiles(u, w, 3):
             torch.mm(u[i:j], w.T, out=s)
-            kl[i:j], more = _supervise(s, e, teacher, i, j, p, t, calm)
+            kl[i:j], more = _supervise(s, t, teacher, i, j, p, t, calm)
             if taught: _spread(more, u[i:j], w, du[i:j], dw)
         ctx.per_row = 1 / (_BITS * max(len(u), 1))
         ctx.save_for_backward(du, dw.T)
@@ -205,14 +205,14 @@ class _Loss(torch.autograd.Function):
 def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
     "Forward pass over all tiles (@eq-late, @eq-row). `fresh` tiles of each are kept, or else `early` gets gradients of u and w."
     y, lengths, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
-    for i, j, s, e, p, t in _tiles(u, w, 4, fresh, safe):
+    for i, j, s, *e, p, t in _tiles(u, w, max(3, 2 + fresh), fresh, safe):
         torch.mm(u[i:j], w.T, out=s)
-        if teacher: kl[i:j], more = _supervise(s, e, teacher, i, j, p, t, calm)
+        if teacher: kl[i:j], more = _supervise(s, *e or [t], teacher, i, j, p, t, calm)
         if early: _spread(more, u[i:j], w, early[0][i:j], early[1])
         a = _assign(s, gain, offset, p if fresh else s)
         _lengths(a, out=lengths[i:j])
         torch.mm(a, V.T, out=y[i:j])
-        kept += (s, e)[:fresh]
+        kept += [s, *e][:fresh]
     inverse = _inverse(lengths)
     return y.mul_(inverse), inverse, kl, kept
 
