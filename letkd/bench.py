@@ -9,7 +9,7 @@ __all__ = ['PAIRS', 'FULL', 'QUICK', 'PARTS', 'side_by_side', 'allocator', 'extr
            'targets', 'format_bench']
 
 # %% ../nbs/27_bench.ipynb #976a3af4
-import ctypes, inspect, json, subprocess, sys, time
+import ctypes, json, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -94,7 +94,7 @@ def extra_memory(f: Callable,         # without arguments
                  device: torch.device # that it works on
                 ) -> Optional[int]:   # bytes; None where it cannot be seen
     "The most that a call holds, above what is held before it."
-    getattr(fused, '_FREE', {}).clear()  # workspaces that the layer keeps for its next call belong to the call
+    fused._FREE.clear()  # workspaces that the layer keeps for its next call belong to the call
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device); f()
         return torch.cuda.max_memory_allocated(device) - before
@@ -127,8 +127,8 @@ def _products(s: Shape, device, forward: bool = False) -> Callable: # the matrix
 
 # %% ../nbs/27_bench.ipynb #1b60b3e8
 def _functions(compiled: bool) -> dict: # {form: a function with the signature of `kd_layer`}
-    known = dict(plain=kd_layer) | (dict(compiled=torch.compile(kd_layer)) if compiled else {}) | dict(fused=fused_kd_layer)
-    return known | ({'lean': partial(fused_kd_layer, lean=True)} if 'lean' in inspect.signature(fused_kd_layer).parameters else {})
+    second = dict(compiled=torch.compile(kd_layer)) if compiled else {}
+    return dict(plain=kd_layer, **second, fused=fused_kd_layer, lean=partial(fused_kd_layer, lean=True))
 
 def _target(s: Shape, device):
     if s.c_t: return PrototypeTarget(torch.randn(s.n, s.c_t, device=device), torch.randn(s.k, s.c_t, device=device))
@@ -149,10 +149,8 @@ def layer_forms(s: Shape,                # what the layer meets
                ) -> tuple:               # ({form: a training step of the layer}, the form that `KDLayer` takes)
     "The floor and every form of the layer."
     layer, x, target = KDLayer(s.c, s.k).to(device), torch.randn(s.n, s.c, device=device, requires_grad=True), _target(s, device)
-    own, functions = layer._function(x), _functions(compiled)
-    own = own.func if isinstance(own, partial) and own.func is kd_layer else own
-    chosen = 'plain' if own is kd_layer else 'lean' if getattr(own, 'keywords', {}).get('lean') else 'fused'
-    return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name, f in functions.items()}), chosen
+    chosen = 'plain' if layer._function(x) is kd_layer else 'fused'
+    return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name, f in _functions(compiled).items()}), chosen
 
 # %% ../nbs/27_bench.ipynb #1ac8c2d2
 def inference_forms(s: Shape, device: torch.device) -> dict: # {form: a forward pass}
@@ -492,10 +490,9 @@ def targets(record: dict # of `bench`
     "What was asked for before the work began, and what this run found."
     r, get = (r := Rows(record)), r.get
     ratio = lambda part, a, b, value='seconds', **case: get(part, a, value, **case) / get(part, b, value, **case)
-    lean = 'lean' if 'lean' in r.of('layer').index else 'fused'
     found = [('layer, fast form: time over floor', get('layer', 'fused', 'over_floor'), '<=', 1.4),
-             ('layer, lean form: time over floor', get('layer', lean, 'over_floor'), '<=', 1.8),
-             ('layer, lean form: extra memory, MB', get('layer', lean, 'memory') / 1e6, '<=', 48),
+             ('layer, lean form: time over floor', get('layer', 'lean', 'over_floor'), '<=', 1.8),
+             ('layer, lean form: extra memory, MB', get('layer', 'lean', 'memory') / 1e6, '<=', 48),
              ('layer, inference: time over floor', get('inference', 'folded', 'over_floor'), '<=', 1.1),
              ('layer, chosen form against plain, the worst shape', _never_slower(r), '<=', 1.),
              ('letKD-1 step over the sum of floors', get('step', 'letkd1 after') / step_floor(r, 'letkd1'), '<=', 1.15),

@@ -395,9 +395,7 @@ def run(e: Experiment,                # what to run
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
         agreed(lambda: _announce(e, folder, quiet))
-        perplexities = _perplexities(training.distiller, plain)
-        if not e.augment: training.distiller.remember(plain, len(plain.images))
-        if e.compile: training.distiller.compile_teacher(next(iter(plain))[0][:e.batch_size])
+        perplexities = _first_look(e, training.distiller, plain)
         images = e.load(e.eval_split)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
@@ -449,9 +447,13 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
 
-def _perplexities(distiller: Distiller, batches) -> dict: # {tap: perplexity of the target there}, on 500 images
+def _first_look(e: Experiment, distiller: Distiller, batches) -> dict: # {tap: perplexity of the target there}, on 500 images
+    "What the teacher says of the first batch; then it is remembered or compiled, where asked."
     images, labels, _ = next(iter(batches))
-    return {tap: round(perplexity(target), 4) for tap, target in distiller.targets(images, labels).items()}
+    perplexities = {tap: round(perplexity(target), 4) for tap, target in distiller.targets(images, labels).items()}
+    remembered = not e.augment and distiller.remember(batches, len(batches.images))
+    if e.compile and not remembered: distiller.compile_teacher(images[:e.batch_size])
+    return perplexities
 
 # %% ../nbs/21_experiments.ipynb #6221dfd8
 _FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_split=str, top1_last=float, top1_best=float, epoch_best=int,
