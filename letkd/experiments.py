@@ -22,7 +22,7 @@ from safetensors.torch import save
 import letkd
 from .checkpoints import write_text
 from .data.batches import Augment, Batches
-from .data.cifar100 import cifar100
+from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
 from .data.files import atomic, read_json, read_tensors
 from .data.imagenet import PhotoBatches, ResizedCrop, imagenet
@@ -74,6 +74,7 @@ DATASETS = {
                                               train_size=20_000, resolution=16, augment=False,
                                               options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32)),
+    'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True), special=_MOBILE),
     'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), special=_MOBILE | _DKD | {
         'resnet50-mobilenetv2': dict(options=dict(alpha_penultimate=.1, alpha_intermediate=.2))}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), special=_MOBILE | {

@@ -124,7 +124,7 @@ def seconds_per_image(models: dict,     # {name: network}, on one device
     return dict(zip(models, (np.median(times, 0) / len(images)).tolist()))
 
 # %% ../nbs/25_probes.ipynb #734396f1
-SHAPES = dict(cifar100=(100, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
+SHAPES = dict(cifar10=(10, 32), cifar100=(100, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
               digit_pairs=(100, 16), digit_pairs_paper=(100, 32))  # data set: classes, pixels
 COSTS = {('intermediate', 8): 2., ('penultimate', 64): 2., ('penultimate', 256): None, ('penultimate', 1024): None,
          ('penultimate', 4096): 20.}  # (place, sub-classes in each class or templates): published, % of the seconds
@@ -174,7 +174,7 @@ def format_costs(frame: pd.DataFrame,  # of `layer_costs`
     return block(title, pd.DataFrame(cells), style)
 
 # %% ../nbs/25_probes.ipynb #a978a134
-TRAINING = dict(cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167, digit_pairs=20_000, digit_pairs_paper=50_000)  # images
+TRAINING = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167, digit_pairs=20_000, digit_pairs_paper=50_000)  # images
 
 def random_fit(classes: int # Y
               ) -> Callable: # a stand-in for `Setup.fit`, for timing

@@ -18,6 +18,7 @@ import tarfile
 import traceback
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from torch import nn
 
 from letkd.checkpoints import Checkpoints, _sum
 from letkd.cli import main
-from letkd.data import cifar100, imagenet, tiny_imagenet
+from letkd.data import imagenet, tiny_imagenet
+from letkd.data.cifar import CIFAR100, cifar100
 from letkd.data.batches import Batches, Images
 from letkd.data.files import md5_of, read_tensors
 from letkd.distiller import Distiller
@@ -155,14 +157,15 @@ class Cifar:
         rng = np.random.default_rng(0)
         records = lambda n: b''.join(bytes([0, i % 4]) + rng.bytes(3072) for i in range(n))
         self.members = {'cifar-100-binary/train.bin': records(8), 'cifar-100-binary/test.bin': records(4), 'cifar-100-binary/fine_label_names.txt': b'a\nb\nc\nd\n'}
-        self.path = Path(cifar100.URL).name
+        self.path = CIFAR100.archive
 
     def files(self): return {self.path: tar_of(self.members, 'w:gz')}
 
     def mutate(self, name, data, rng): return mutated_inside(tar_of if rng.random() < .8 else lambda m: tar_of(m, 'w:gz'), self.members)(tar_of(self.members), rng)
 
     def load(self, folder):
-        for split in ('train', 'test'): assert isinstance(cifar100.cifar100(split, root=folder, md5=md5_of(folder/self.path)), Images)
+        about = replace(CIFAR100, md5=md5_of(folder/self.path), per_class=(2, 1))
+        for split in ('train', 'test'): assert isinstance(cifar100(split, root=folder, about=about), Images)
 
 
 class Tiny:
