@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Maps', 'Term', 'Distiller', 'CrossEntropy', 'soften', 'KD', 'decoupled', 'DKD', 'SupervisedLayer', 'Setup',
-           'kernel_tap', 'quest', 'letkd1', 'letkd_intermediate', 'letkd2', 'FreeLayer', 'layer', 'kd', 'dkd']
+           'kernel_tap', 'quest', 'letkd1', 'letkd_intermediate', 'letkd2', 'FreeLayer', 'layer', 'layer2', 'kd', 'dkd']
 
 # %% ../nbs/08_distiller.ipynb #fb365586
 from dataclasses import dataclass, field
@@ -318,19 +318,35 @@ def letkd2(setup: Setup,                   # what it is built for
 
 # %% ../nbs/08_distiller.ipynb #95a980eb
 class FreeLayer(Term):
-    "A KD layer in the student that is trained by the other losses alone."
-    def __init__(self, tap: str, layer: KDLayer): # where it stands; the layer
-        super().__init__('layer', teacher=False, layers={tap: layer})
+    "KD layers in the student that are trained by the other losses alone."
+    def __init__(self, layers: dict): # {tap: KDLayer}
+        super().__init__('layer', teacher=False, layers=layers)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor: return precise(maps.student_logits).new_zeros(())
+
+@patch
+def free(self: Setup, tap: str, num_templates: int, alpha: float) -> KDLayer: # student's tap; K; weight of the embedding
+    "A KD layer for the student's map at a tap."
+    return KDLayer(self.shape('student', tap)[0], num_templates, alpha)
 
 def layer(setup: Setup,                  # what it is built for
           num_templates: int = 4096,     # K
           alpha_penultimate: float = 1., # weight of the embedding
          ) -> list:                      # of terms
     "A KD layer at the penultimate map, without supervision."
-    tap = setup.penultimate[0]
-    return [FreeLayer(tap, KDLayer(setup.shape('student', tap)[0], num_templates, alpha_penultimate))]
+    return [FreeLayer({setup.penultimate[0]: setup.free(setup.penultimate[0], num_templates, alpha_penultimate)})]
+
+# %% ../nbs/08_distiller.ipynb #938178cc
+def layer2(setup: Setup,                     # what it is built for
+           num_templates: int = 4096,        # K of the penultimate layer
+           num_intermediate: int = 800,      # K of the intermediate layer: letKD-2's, 8 sub-classes of 100 classes
+           alpha_penultimate: float = 1.,    # weight of the embedding at the penultimate map
+           alpha_intermediate: float = 1.,   # and at the intermediate one
+          ) -> list:                         # of terms
+    "Both KD layers of letKD-2, without supervision."
+    near, last = setup.intermediate[0], setup.penultimate[0]
+    return [FreeLayer({near: setup.free(near, num_intermediate, alpha_intermediate),
+                       last: setup.free(last, num_templates, alpha_penultimate)})]
 
 # %% ../nbs/08_distiller.ipynb #4a8f78a1
 def kd(setup: Setup,            # what it is built for

@@ -20,11 +20,11 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import CrossEntropy, Setup, dkd, kd, layer, letkd1, letkd2, letkd_intermediate, quest
+from .distiller import CrossEntropy, Setup, dkd, kd, layer, layer2, letkd1, letkd2, letkd_intermediate, quest
 
 # %% ../nbs/19_methods.ipynb #ed24e070
 METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd,
-               tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer)  # what may stand in a sum, by name
+               tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer, layer2=layer2)  # what may stand in a sum, by name
 # (cross-entropy, method) of rows whose weights are not 1; TDD brings KD of weight .9 with it
 WEIGHTS = {'kd': (.1, .9), 'simkd': (0., 1.), 'tdd': (.1, 1.), 'tdd+crd': (.1, 1.)}
 
