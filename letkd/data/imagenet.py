@@ -44,9 +44,11 @@ class Photos:
         "The photos at `indices`: a slice or a tensor of integers."
         return replace(self, names=self.names[indices], labels=self.labels[indices])
 
+    def path(self, i: int) -> Path: return self.folder/os.fsdecode(self.names[i])
+
     def read(self, i: int) -> Tensor: # uint8, 3 x H x W
         "Photo `i` in its own size."
-        path = self.folder/os.fsdecode(self.names[i])
+        path = self.path(i)
         try: data = path.read_bytes()
         except OSError as e: raise ValueError(f'{path}: cannot be read ({e.strerror})') from None
         return decode(data, path)

@@ -12,9 +12,8 @@ from typing import Optional
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from .batches import Images, first, in_turn
+from .batches import Images, first, in_turn, statistics
 from .files import atomic, contents, data_root, decode, fetch, make_folder, read_tensors
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #b4fc8295
@@ -71,14 +70,6 @@ def _tensors(texts: dict, photos: dict, split: str, wnids: list) -> tuple: # pix
     order = in_turn(labels)
     return torch.stack([photos[names[i]] for i in order]), labels[order]
 
-# %% ../../nbs/data/tiny_imagenet.ipynb #7b9793df
-def _statistics(pixels: Tensor) -> tuple: # mean and std of each channel, in units of full intensity
-    "Over all pixels of a split (@eq-stats)."
-    h = torch.stack([sum(piece[:, c].flatten().bincount(minlength=256) for piece in pixels.split(5000)) for c in range(3)]).double()
-    v = torch.arange(256).double() / 255
-    mean = (h @ v) / h.sum(1)
-    return mean.tolist(), ((h @ v**2) / h.sum(1) - mean**2).sqrt().tolist()
-
 # %% ../../nbs/data/tiny_imagenet.ipynb #b9cc8848
 _FORMAT = 'letkd tiny-imagenet 1'
 
@@ -95,7 +86,7 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
         tensors = {f'{split}.{key}': t for split in ('train', 'val')
                    for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
     except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
-    mean, std = _statistics(tensors['train.images'])
+    mean, std = statistics(tensors['train.images'])
     with atomic(path) as part:
         save_file(tensors, part, metadata=dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
     return path
