@@ -85,7 +85,7 @@ DATASETS = {
                         pairs=_DKD | {'resnet50-mobilenetv2': _alphas(.1, .2)}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), students=_MOBILE,
                              pairs={'resnet50-mobilenetv2': _alphas(.5, 1.)}),
-    'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, lr=.1, milestones=(.3, .6, .9),
+    'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
                         batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches,
                         pairs=_DKD_PHOTOS),
 }

@@ -159,7 +159,8 @@ def study(name: str,         # 'cifar100', or 'ablation/layers' and the like, se
          ) -> list:          # of `Experiment`s, the rows of one seed before those of the next
     "The experiments behind a published table."
     if recipe == 'original' and '/' in name: raise ValueError(f"recipe: found 'original' for {name}, whose rows are all by letKD's recipe; expected a main table, such as cifar100")
-    found = [e for seed in range(seeds) for *_, e in _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)]
+    found = [e for seed in range(seeds) for _, method, _, e in _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)
+             if method != 'teacher' or not e.teacher_checkpoint]  # a teacher that is given is not trained
     return list({e.folder: e for e in found}.values())  # each once: a teacher has many students
 
 def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd') -> list: # of (published pair, method, options, `Experiment`)
