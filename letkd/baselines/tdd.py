@@ -36,7 +36,7 @@ def members(joined) -> list: # (Y-1) x 2 -> for each node, classes and mergers, 
     for a, b in joined: sets.append(sets[a] + sets[b])
     return sets
 
-# %% ../../nbs/baselines/tdd.ipynb #d59e0899
+# %% ../../nbs/baselines/tdd.ipynb #7d4c7038
 def centres(means: np.ndarray,        # Y x C
             joined,                   # (Y-1) x 2
             by_classes: bool = False, # the mean over a node's classes; False: halfway between the two nodes that are joined
