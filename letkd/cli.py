@@ -21,7 +21,7 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
     for pair in pairs:
         if '=' not in pair: raise ValueError(f'--set: found {pair[:80]!r}; expected key=value, such as epochs=10')
     settings = dict(pair.split('=', 1) for pair in pairs)
-    if own := [key for key in settings if key in ('name', 'dataset', 'pair', 'seed', 'seeds', 'options', 'cls')]:
+    if own := [key for key in settings if key in ('name', 'dataset', 'pair', 'seed', 'seeds', 'recipe', 'options', 'cls')]:
         raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of its own; see letkd run --help')
     return settings
 
@@ -37,10 +37,11 @@ def run_command(name: str,                    # data set/teacher-student/method,
                 device: Optional[str] = None, # None: CUDA where there is one
                 quiet: bool = False,          # no progress
                 checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                recipe: str = 'letkd',        # or 'original'
                ):
     "Run one experiment and print its accuracy and where its record is."
     from letkd.experiments import Experiment, run
-    e = Experiment.named(name, seed=seed, **_settings(settings))
+    e = Experiment.named(name, recipe, seed=seed, **_settings(settings))
     record = run(e, out, device, quiet, checkpoint_every)
     print(f'{e.name} seed {e.seed}: top-1 {record["top1_last"]:.2f} % at the last epoch, {record["top1_best"]:.2f} % at the best '
           f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} s. Record: {Path(out)/e.folder/"record.json"}')
@@ -101,6 +102,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
                   device: Optional[str] = None, # None: CUDA where there is one
                   quiet: bool = False,  # no progress
                   checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                  recipe: str = 'letkd', # or 'original', of a main table
                  ):
     "Run what is missing of a study, then print its table."
     if name == 'ablation/cost': return _costs(dataset, pair, device)
@@ -108,7 +110,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     from letkd.probes import probe_run
     from letkd.published import study
     from letkd.tables import format_table, summary
-    experiments, records, failed = study(name, dataset, pair, _count(seeds), **_settings(settings)), [], []
+    experiments, records, failed = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings)), [], []
     for i, e in enumerate(experiments):
         print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
         try: records.append((probe_run if name == 'ablation/probe' else run)(e, out, device, quiet, checkpoint_every))
@@ -238,6 +240,10 @@ def _common(parser, out: str):
     parser.add_argument('--checkpoint-every', default='5m', metavar='N', help='besides the end of each epoch: 200 (steps), 90s, 5m, 2h (default: 5m)')
     parser.add_argument('--deterministic', action='store_true', help='on CUDA, equal bits in every run where PyTorch can; slower')
 
+def _recipe(parser):
+    parser.add_argument('--recipe', default='letkd',
+                        help="letkd: letKD's for every row; original: that of the paper a row comes from (default: letkd)")
+
 def _set(parser):
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
 
@@ -276,7 +282,7 @@ def _run_arguments(commands):
                                           'where it stopped.\nExample: letkd run digit_pairs/resnet56-resnet20/letkd2 --set epochs=10 --set tau=4')
     run.add_argument('name', help='data set/teacher-student/method, or data set/network')
     run.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
-    _set(run)
+    _recipe(run); _set(run)
     run.add_argument('--names', nargs=0, action=_Names, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help='list data sets, networks, methods and settings')
     _common(run, 'runs'); run.set_defaults(call=run_command)
 
@@ -293,7 +299,7 @@ def _sweep_arguments(commands):
                                 description=f'Run what is missing of a study: {_STUDIES}. Then print it beside the published figures.')
     sweep.add_argument('name', help='such as cifar100 or ablation/layers')
     sweep.add_argument('--seeds', type=int, default=1, help='runs of each row (default: 1)')
-    _elsewhere(sweep)
+    _recipe(sweep); _elsewhere(sweep)
     _common(sweep, 'runs'); sweep.set_defaults(call=sweep_command)
 
 def _table_arguments(commands):

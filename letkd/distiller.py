@@ -29,6 +29,10 @@ class Batch:
     labels: Tensor                  # B
     index: Optional[Tensor] = None  # B, place of each image in the training set
     progress: float = 0.            # share of the training that is done, 0 to 1
+    after_epoch: Optional[float] = None # the same at the end of the running epoch; None: nobody counts epochs, `progress`
+
+    def __post_init__(self):
+        if self.after_epoch is None: self.after_epoch = self.progress
 
 @dataclass
 class Maps:
@@ -106,9 +110,10 @@ def forward(self: Distiller,
             labels: Tensor,                 # B
             index: Optional[Tensor] = None, # B, place in the training set
             progress: float = 0.,           # share of the training done
+            after_epoch: Optional[float] = None, # the same at the end of the running epoch, see `Batch`
            ) -> tuple:                      # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    batch, maps, layers = Batch(images, labels, index, progress), Maps(), self.layers
+    batch, maps, layers = Batch(images, labels, index, progress, after_epoch), Maps(), self.layers
     targets = self._targets(maps, batch)
     with capture(self.student, self.taps('student')) as maps.student, \
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
@@ -193,19 +198,19 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
 
 # %% ../nbs/08_distiller.ipynb #6223ca24
 class DKD(Term):
-    "Decoupled KD [@zhao2022dkd]: min(progress / warmup, 1) T² (alpha TCKD + beta NCKD)."
+    "Decoupled KD [@zhao2022dkd]: min(after_epoch / warmup, 1) T² (alpha TCKD + beta NCKD)."
     def __init__(self,
                  alpha: float = 1.,        # weight of TCKD
                  beta: float = 8.,         # weight of NCKD; 2 for resnet56-resnet20 and resnet110-resnet32, 6 for wrn pairs
                  temperature: float = 4.,  # T
-                 warmup: float = 20 / 240, # share of the training in which the weight grows from 0; 20 of 240 epochs
+                 warmup: float = 20 / 240, # share of the training in which the weight grows, epoch by epoch; 20 of 240 epochs
                 ):
         super().__init__('dkd')
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         tckd, nckd = decoupled(*soften(maps, self.temperature), batch.labels)
-        grown = min(batch.progress / self.warmup, 1.) if self.warmup else 1.
+        grown = min(batch.after_epoch / self.warmup, 1.) if self.warmup else 1.
         return grown * self.temperature ** 2 * (self.alpha * tckd + self.beta * nckd).mean()
 
 # %% ../nbs/08_distiller.ipynb #1121e8a1
@@ -275,7 +280,7 @@ def kernel_tap(model: nn.Module # the teacher
 # %% ../nbs/08_distiller.ipynb #81df4d8c
 def quest(setup: Setup,                  # what it is built for
           num_prototypes: int = 4096,    # K
-          tau: float = 1.,               # temperature of the prototypes
+          tau: float = 1.,               # temperature of the prototypes, letKD's; QuEST's own is .2
           alpha_penultimate: float = 0., # 0: supervision alone
           kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
           kernel_tau: float = .25,       # their temperature, in standard deviations of the responses

@@ -44,9 +44,9 @@ class Meter:
 
     def add(self, losses: dict, logits: torch.Tensor, labels: torch.Tensor):
         "Note one step."
-        if not self.names: self.names, self.rows = list(losses), torch.zeros(self.steps, len(losses) + 1, device=self.device)
+        if not self.names: self.names, self.rows = list(losses), torch.zeros(self.steps, len(losses) + 2, device=self.device)
         correct = (logits.argmax(1) == labels).float().mean()
-        self.rows[self.step] = torch.stack([*(l.detach().float() for l in losses.values()), correct])
+        self.rows[self.step] = torch.stack([*(l.detach().float() for l in losses.values()), correct, correct.new_tensor(len(labels))])
         self.step += 1
         if self.step % self.every == 0 or self.step == self.steps: self.look()
 
@@ -59,21 +59,23 @@ def look(self: Meter):
     recent = self.rows[self.seen:self.step]
     if processes() > 1: recent.copy_(summed(recent.clone()) / processes())
     first, self.seen = self.seen, self.step
-    if recent[:, :-1].isfinite().all(): return
-    bad = (~recent[:, :-1].isfinite()).any(1).nonzero()[0, 0].item()
+    if recent[:, :-2].isfinite().all(): return
+    bad = (~recent[:, :-2].isfinite()).any(1).nonzero()[0, 0].item()
     values = ', '.join(f'{n} = {v:.4g}' for n, v in zip(self.names, recent[bad].tolist()))
     raise NonFiniteLoss(f'step {first + bad}: {values}')
 
 @patch
-def means(self: Meter) -> dict: # {name: mean over the steps so far}, the sum as 'loss', 'train_top1' in percent
+def means(self: Meter) -> dict: # {name: mean over the images so far}, the sum as 'loss', 'train_top1' in percent
     "Averages so far."
-    *each, correct = self.rows[:self.step].mean(0).tolist()
+    rows = self.rows[:self.step].cpu().double()
+    images = rows[:, -1:]
+    *each, correct = ((rows[:, :-1] * images).sum(0) / images.sum()).tolist()
     return dict(zip(self.names, each), loss=sum(each), train_top1=100 * correct)
 
 @patch
 def load_state_dict(self: Meter, state: dict): # of `state_dict`
     self.names, self.step = state['names'], len(state['rows'])
-    self.seen, self.rows = self.step, torch.zeros(self.steps, len(self.names) + 1, device=self.device)
+    self.seen, self.rows = self.step, torch.zeros(self.steps, len(self.names) + 2, device=self.device)
     if self.names: self.rows[:self.step] = state['rows'].to(self.device)
 
 # %% ../nbs/18_meters.ipynb #631a99f5

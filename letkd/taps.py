@@ -198,24 +198,28 @@ def insert(
 # %% ../nbs/05_taps.ipynb #acd28082
 class Replaced:
     "What `replace` returns: the way back."
-    def __init__(self, parent: nn.Module, name: str, old: nn.Module): # where; under which name; what was there
-        self.parent, self.name, self.old = parent, name, old
+    def __init__(self, model: nn.Module, path: str, old: nn.Module): # where; the path; what was there
+        self.model, self.path, self.old = model, path, old
 
     def remove(self):
         "Put the old module back; a second call does nothing."
         if self.old is None: return
-        self.parent._modules[self.name] = self.old.to(next(self.parent._modules[self.name].parameters()))
+        weights = [*self.model.get_submodule(self.path).parameters(), *self.model.parameters()]  # an identity has none
+        _put(self.model, self.path, self.old.to(weights[0]) if weights else self.old)
         self.old = None
+
+def _put(model, path, module):
+    parent, _, name = path.rpartition('.')
+    model.get_submodule(parent)._modules[name] = module
 
 def replace(model: nn.Module, # any network; it is changed
             path: str,        # of the module that makes room
-            module: nn.Module, # with parameters; takes its place
+            module: nn.Module, # takes its place
            ) -> Replaced:     # `.remove()` undoes it
     "Put a module in the place of another one."
-    old, (parent, _, name) = resolve(model, path), path.rpartition('.')
-    parent = model.get_submodule(parent)
-    parent._modules[name] = module
-    return Replaced(parent, name, old)
+    old = resolve(model, path)
+    _put(model, path, module)
+    return Replaced(model, path, old)
 
 # %% ../nbs/05_taps.ipynb #bf48e989
 def grid_of(

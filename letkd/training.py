@@ -31,9 +31,9 @@ def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
 SCHEDULES = {'step': _step, 'one-cycle': _one_cycle}
 
 # %% ../nbs/20_training.ipynb #20a10013
-def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> torch.optim.SGD:
     fused = parameters[0].device.type in ('cpu', 'cuda')
-    optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused)
+    optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=fused)
     for p in parameters if momentum else (): optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimiser
 
@@ -47,19 +47,20 @@ class Training:
                  lr: float = .05,            # the largest learning rate
                  schedule: str = 'step',     # one of `SCHEDULES`
                  milestones: tuple = (.625, .75, .875), # shares of the epochs, for 'step'
-                 momentum: float = .9,       # Nesterov
+                 momentum: float = .9,       # of SGD
                  weight_decay: float = 5e-4, # on every parameter
-                 amp: bool = True,           # bfloat16 autocast where the device is CUDA
+                 amp: bool = False,          # bfloat16 autocast where the device is CUDA
+                 nesterov: bool = True,      # Nesterov's momentum; False: plain
                 ):
         if schedule not in SCHEDULES: raise ValueError(f'schedule: found {schedule!r}; expected one of {", ".join(SCHEDULES)}')
         self.distiller, self.batches, self.epochs, self.steps = distiller, batches, epochs, len(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
-        self.optimiser = _sgd(parameters, lr, momentum, weight_decay)
+        self.optimiser = _sgd(parameters, lr, momentum, weight_decay, nesterov)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp and self.device.type == 'cuda' else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
-        self.history, self.seconds, self.conditions = [], 0., [conditions(self.device)]
+        self.history, self.seconds, self.lr, self.conditions = [], 0., lr, [conditions(self.device)]
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # everyone's own dropout
 
 # %% ../nbs/20_training.ipynb #20a10001
@@ -108,13 +109,13 @@ def _generators(device) -> dict:
 def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and dicts only
     "Everything that `load_state_dict` needs to go on bit for bit. All processes take it together."
     return dict({name: getattr(self, name).state_dict() for name in _PARTS}, generators=gathered(_generators(self.device)),
-                history=self.history, seconds=self.seconds, conditions=self.conditions)
+                history=self.history, seconds=self.seconds, lr=self.lr, conditions=self.conditions)
 
 @patch
 def load_state_dict(self: Training, state: dict):
     "Go on from `state`, the global generators included."
     for name in _PARTS: getattr(self, name).load_state_dict(state[name])
-    self.history, self.seconds = state['history'], state['seconds']
+    self.history, self.seconds, self.lr = state['history'], state['seconds'], state['lr']
     if rank() < len(state['generators']):  # a process more than before draws numbers of its own
         own = state['generators'][rank()]
         torch.set_rng_state(own['cpu'])
@@ -137,17 +138,18 @@ def resume(self: Training, kept: Checkpoints): # of the run's folder
 def step(self: Training, images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor): # a batch, or this process's share of it
     "Forward, backward, and one step of optimiser and schedule."
     progress = (self.epoch + self.meter.step / self.steps) / self.epochs
-    with self.autocast: logits, losses = self.model(images, labels, index, progress)
+    with self.autocast: logits, losses = self.model(images, labels, index, progress, (self.epoch + 1) / self.epochs)
     self.optimiser.zero_grad()
     sum(losses.values()).backward()
     self.meter.add(losses, logits, labels)
     self.optimiser.step()
+    self.lr, = self.schedule.get_last_lr()  # of this step; the schedule goes on to the next one's
     self.schedule.step()
 
 @patch
 def end_epoch(self: Training, test: Optional[Iterable] = None) -> dict: # batches to evaluate on; the epoch's line of the history
     "Evaluate, note the line, and begin a new page of the meter."
-    row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.schedule.get_last_lr()[0], seconds=round(self.seconds, 3))
+    row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr, seconds=round(self.seconds, 3))
     if test is not None:
         from_first(self.distiller.student.buffers())
         row |= {k: v for k, v in evaluate(self.distiller.student, test).items() if k != 'loss'}

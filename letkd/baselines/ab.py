@@ -9,11 +9,11 @@ __all__ = ['boundary_loss', 'before_relu', 'connector', 'ActivationBoundary', 'a
 import torch
 from torch import Tensor, nn
 
-from .at import STAGES, paired_rows, split_pairs
+from .at import STAGES, split_pairs
 from .fsp import is_over
 from ..distiller import Batch, Maps, Setup, Term
 from ..matching import precise
-from ..taps import capture, evaluating, resolve
+from ..taps import capture, evaluating, grid_of, resolve, rows
 
 # %% ../../nbs/baselines/ab.ipynb #f40e8a21
 def boundary_loss(s: Tensor,          # the student's values before ReLU
@@ -32,19 +32,34 @@ def before_relu(model: nn.Module, # any network
     "The tap of a stage's values before its ReLU."
     names = [name for name, m in resolve(model, tap).named_modules() if isinstance(m, (nn.ReLU, nn.ReLU6))] # ':input': none is met
     last = '.'.join(filter(None, (tap, names[-1]))) if names and ':' not in tap else tap
-    with evaluating(model), capture(model, [tap, last]) as maps: model(images)
-    if (maps[tap] < 0).any(): return tap
-    if last != tap and maps[last].equal(maps[tap]): return f'{last}:input'
-    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the output of a ReLU with a name; '
+    with evaluating(model):
+        with capture(model, tap) as maps: model(images)
+        if (maps[tap] < 0).any(): return tap
+        if last != tap and _gives(model, last, images, maps[tap]): return f'{last}:input'
+    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the output of a ReLU that has a name and is called once; '
                      "tap a module before the ReLU, such as its batch norm, or the ReLU's ':input'")
 
+def _gives(model, relu: str, images, expected: Tensor) -> bool:
+    try:
+        with capture(model, relu) as maps: model(images)
+    except RuntimeError: return False  # called several times
+    return maps[relu].equal(expected)
+
 # %% ../../nbs/baselines/ab.ipynb #995e35e0
-def connector(student_channels: int, # C_s
-              teacher_channels: int, # C_t
-             ) -> nn.Module:         # rows N x C_s to rows N x C_t
-    "A value for each of the teacher's neurons, from the student's at the same place."
-    if student_channels == teacher_channels: return nn.Identity()
-    return nn.Sequential(nn.Linear(student_channels, teacher_channels, bias=False), nn.BatchNorm1d(teacher_channels))
+def connector(student: tuple, # (channels, (h, w)) of the student's map, as `Setup.shape` gives it
+              teacher: tuple, # the same of the teacher's
+             ) -> nn.Module:  # B x C_s x h x w to the teacher's shape
+    "A value for each of the teacher's neurons, from the student's around the same place."
+    if student == teacher: return nn.Identity()
+    (c_s, s), (c_t, t) = student, teacher
+    up, down = ([b // a for a, b in zip(*pair)] for pair in ((s, t), (t, s)))
+    if tuple(a * r for a, r in zip(s, up)) == t:
+        conv = nn.ConvTranspose2d(c_s, c_t, [2 * r - r % 2 for r in up], up, [r // 2 for r in up], bias=False)
+    elif tuple(a * r for a, r in zip(t, down)) == s:
+        conv = nn.Conv2d(c_s, c_t, [2 * r - 1 for r in down], down, [r - 1 for r in down], bias=False)
+    else: raise ValueError(f"ab: found maps of {s[0]} x {s[1]} places in the student and {t[0]} x {t[1]} in the teacher; "
+                           'expected one size to be a multiple of the other: pair other stages')
+    return nn.Sequential(conv, nn.BatchNorm2d(c_t))
 
 # %% ../../nbs/baselines/ab.ipynb #c94b1904
 class ActivationBoundary(Term):
@@ -63,9 +78,12 @@ class ActivationBoundary(Term):
         if is_over(self.alone, batch): return precise(maps.student_logits).new_zeros(())
         loss = 0.
         for tap_s, tap_t, connect in zip(self.student_taps, self.teacher_taps, self.connectors):
-            s, t = paired_rows(maps.student[tap_s], maps.teacher[tap_t])
+            s, t = _map(maps.student[tap_s]), _map(maps.teacher[tap_t])
             loss = loss / 2 + boundary_loss(connect(s), t, self.margin).sum()
         return 3 / 1000 * loss / len(batch.labels)
+
+def _map(x: Tensor) -> Tensor: # B x C x h x w, also of tokens, whose class token is dropped
+    return x if x.ndim == 4 else rows(x).view(len(x), *grid_of(x), -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/baselines/ab.ipynb #136f9be3
 def ab(setup: Setup,               # what it is built for
@@ -78,6 +96,6 @@ def ab(setup: Setup,               # what it is built for
     images = next(iter(setup.batches))[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
     taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(boundaries))]
-    widths = [[setup.shape(name, tap)[0] for tap in side] for (name, _), side in zip(sides, taps)]
-    connectors = [connector(c_s, c_t) for c_s, c_t in zip(*widths)]
+    shapes = [[setup.shape(name, tap) for tap in side] for (name, _), side in zip(sides, taps)]
+    connectors = [connector(s, t) for s, t in zip(*shapes)]
     return [ActivationBoundary(tuple(zip(*taps)), connectors, alone, margin, ab_weight)]

@@ -34,8 +34,10 @@ class SimilarityPreserving(Term):
         return (similarity(maps.student[tap_s]) - similarity(maps.teacher[tap_t])).square().mean()
 
 # %% ../../nbs/baselines/sp.ipynb #4b6f2ab7
-def sp(setup: Setup,              # what it is built for; its penultimate maps are compared
-       sp_weight: float = 3000.,  # as the paper and the KD literature's common script
-      ) -> list:                  # of terms
+def sp(setup: Setup,               # what it is built for
+       last: tuple = ('', ''),     # (student's tap, teacher's tap) of the last stages; '': the penultimate map
+       sp_weight: float = 3000.,   # as the paper and the KD literature's common script
+      ) -> list:                   # of terms
     "Similarity preserving distillation [@tung2019sp]."
-    return [SimilarityPreserving(*setup.penultimate, sp_weight)]
+    taps = [own or penultimate for own, penultimate in zip(last, setup.penultimate, strict=True)]
+    return [SimilarityPreserving(*taps, sp_weight)]

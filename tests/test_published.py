@@ -1,0 +1,159 @@
+"Every cell of the published tables: its settings, each with a reason, and one step of its training."
+import json
+from functools import cache
+from itertools import chain
+from math import isfinite
+from pathlib import Path
+
+import pytest
+import torch
+
+from letkd.data.batches import Batches, Images
+from letkd.distiller import Distiller
+from letkd.experiments import DATASETS, ORIGINAL, Experiment, read_record
+from letkd.methods import METHODS, create_terms, method_options
+from letkd.models import create_model
+from letkd.models.pairs import pair_taps
+from letkd.published import ABLATIONS, published
+from letkd.tables import experiment_of
+from letkd.training import Training
+
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
+MOBILE = ('mobilenetv2', 'shufflenetv1', 'shufflenetv2')
+RN50, PHOTOS = 'resnet50-mobilenetv2', ('resnet34-resnet18', 'torchvision/resnet50-mobilenet_v2')
+
+# Why a cell differs from its method's defaults: (reason, {data set}, {pair} or None for all, {method} or None, settings).
+# Nothing else may differ, but the options that a row of an ablation names, and the places of a pair's networks.
+DIFFERENCES = [
+    ('a smaller rate for students of the mobile families', ('cifar100', 'tiny_imagenet'),
+     (RN50, 'wrn_40_2-shufflenetv1', 'resnet32x4-shufflenetv1', 'resnet32x4-shufflenetv2'), None, dict(lr=.01)),
+    ("the papers' recipe on ImageNet, batch and weight decay QuEST's, teachers torchvision's", ('imagenet',), None, None,
+     dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9), batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1')),
+    ("DKD's configuration, ResNets", ('cifar100',), ('resnet56-resnet20', 'resnet110-resnet32'), ('dkd',), dict(dkd_beta=2.)),
+    ("DKD's configuration, wide ResNets", ('cifar100',), ('wrn_40_2-wrn_16_2', 'wrn_40_2-wrn_40_1'), ('dkd',), dict(dkd_beta=6.)),
+    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[:1], ('dkd',), dict(dkd_beta=.5, temperature=1., warmup=.01)),
+    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[1:], ('dkd',), dict(dkd_beta=2., temperature=1., warmup=.01)),
+    ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd1',), dict(alpha_penultimate=.1)),
+    ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd2',), dict(alpha_penultimate=.1, alpha_intermediate=.2)),
+    ("letKD's alpha of this pair", ('tiny_imagenet',), (RN50,), ('letkd1', 'letkd2'), dict(alpha_penultimate=.5)),
+]
+STUDIES = ('', *ABLATIONS)
+
+
+def cells(): # (study, data set, pair, method, options) of each figure, and of the rows of ablations that have none
+    for study in STUDIES:
+        for row in published(study=study).itertuples(): yield study, row.dataset, row.pair, row.method, row.options
+    for study, about in ABLATIONS.items():
+        for pair in about.pairs:
+            for row in about.rows: yield study, 'cifar100', pair, *(f'{row} '.split(' ', 1)[0], row.partition(' ')[2])
+
+
+CELLS = sorted(set(cells()))
+
+
+def given(options): return {k: float(v) if '.' in v else v == 'True' if v in ('True', 'False') else int(v)
+                            for k, v in (o.split('=') for o in options.split(', ') if o)}
+
+
+def expected(dataset, pair, method, options): # {setting: value} of all that is not a default
+    teacher, _, student = pair.rpartition('-')
+    where = 'teacher' if method == 'teacher' else pair  # a teacher is trained for all of its students
+    found = {k: v for k, v in given(options).items() if v != method_options(method)[k]} if options else {}
+    for _, sets, pairs, methods, settings in DIFFERENCES:
+        if dataset in sets and (pairs is None or where in pairs) and (methods is None or method in methods): found |= settings
+    if method not in ('teacher', 'student'):
+        places, defaults = pair_taps(student, teacher), method_options(method) | dict(penultimate=('layer3', 'layer3'), intermediate=('layer3.0', 'layer3.0'))
+        found |= {k: v for k, v in places.items() if k in defaults and v != defaults[k]}
+    return found
+
+
+def different(e):
+    fields = {k: v for k, v in vars(e).items() if k not in ('dataset', 'student', 'teacher', 'method', 'options') and v != getattr(Experiment, k)}
+    return fields | {k: v for k, v in e.options.items() if v != method_options(e.method)[k]}
+
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_each_cell_is_its_method_but_for_differences_with_a_reason(study):
+    for _, dataset, pair, method, options in (c for c in CELLS if c[0] == study):
+        e = Experiment.named(f'{dataset}/{pair}/{method}', **given(options))
+        assert different(e) == expected(dataset, pair, method, options), e.name
+
+
+def test_each_reason_is_needed():
+    for reason, sets, pairs, methods, _ in DIFFERENCES:
+        for pair in pairs or ['']:
+            for method in methods or ['']:
+                assert [c for c in CELLS if c[1] in sets and pair in (c[2], '') and method in (c[3], '')], (reason, pair, method)
+
+
+def test_a_pair_gives_its_settings_to_the_methods_that_it_names():
+    for name, entry in DATASETS.items():
+        for pair, by_method in entry.pairs.items():
+            for method, options in by_method.items():
+                assert options.keys() <= method_options(method).keys()
+                assert all(Experiment.named(f'{name}/{pair}/{method}').options[k] == v for k, v in options.items())
+            for method in METHODS.keys() - by_method.keys():
+                assert not {k: v for k, v in different(Experiment.named(f'{name}/{pair}/{method}')).items()
+                            if k in set(chain(*by_method.values()))}, (name, pair, method)
+
+
+def test_every_method_has_an_original_recipe():
+    assert ORIGINAL.keys() == {'ce', *METHODS}
+    for _, dataset, pair, method, options in CELLS:
+        if options or method in ('teacher', 'student'): continue
+        changed = Experiment.named(f'{dataset}/{pair}/{method}', 'original').changed
+        own = {} if any(part in method for part in ('quest', 'letkd', 'layer')) else dict(nesterov=False, drop_last=False)
+        if own and dataset == 'cifar100': own |= dict(padding='zeros')
+        if dataset != 'imagenet': own |= dict(teacher_recipe='original')
+        if (dataset, method) == ('imagenet', 'dkd'): own |= dict(batch_size=512, lr=.2)
+        assert changed == own, (dataset, pair, method)
+
+
+def test_records_are_read_and_named_as_they_were():
+    "Settings that are younger than a record, and defaults that changed since, are those it was made with."
+    paths = [p for p in RESULTS.glob('*.json') if not p.name.startswith('bench')]
+    assert paths
+    for path in paths:
+        e = experiment_of(read_record(path))
+        if 'lr0.1' not in path.stem: assert e.folder.replace('/', '--') == path.stem  # those are of an older recipe
+        assert e.amp and e.nesterov and e.drop_last and e.padding == 'reflect'
+
+
+# One step of every cell
+
+FAMILIES = {'wrn_40_2-wrn_40_1': 'wrn_40_2-wrn_16_2', 'resnet110-resnet20': 'resnet56-resnet20', 'resnet110-resnet32': 'resnet56-resnet20'}
+STEPS = sorted({(dataset, FAMILIES.get(pair, pair), method, options) for study, dataset, pair, method, options in CELLS
+                if method not in ('teacher', 'student') and not study.startswith(('probe', 'subclasses'))})
+CLASSES, COUNT = 5, 10
+SMALL = dict(num_prototypes=6, num_templates=6, num_dims=3, per_class=1, num_negatives=4)
+
+
+@cache
+def images(dataset):
+    size = dict(cifar100=32, tiny_imagenet=64, imagenet=64)[dataset]
+    pixels = torch.randint(0, 256, (COUNT, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Images(pixels, torch.arange(COUNT) % CLASSES)
+
+
+@cache
+def teacher_of(name):
+    torch.manual_seed(0)
+    return create_model(name, CLASSES).eval()
+
+
+@pytest.mark.parametrize('dataset, pair, method, options', STEPS)
+def test_a_cell_is_built_fitted_and_takes_a_step(dataset, pair, method, options):
+    "Networks that differ only in depth or width from others of their family stand for them, and images are few."
+    e = Experiment.named(f'{dataset}/{pair}/{method}', **given(options))
+    torch.manual_seed(0)
+    student, teacher, plain = create_model(e.student, CLASSES), teacher_of(e.teacher), Batches(images(dataset), 5)
+    small = {k: v for k, v in SMALL.items() if k in e.options}
+    terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, **e.options | small)
+    training = Training(Distiller(student, teacher, terms), Batches(images(dataset), 5), 2, e.lr)
+    training.distiller.train()
+    for x, y, index in plain:
+        training.step(x, y, index)  # the meter raises where a loss is not finite
+        training.history = [None]   # then the second epoch: phases that stand alone are over
+    means = training.meter.means()
+    assert all(isfinite(v) for v in means.values()) and means['loss'] > 0
+    assert all(p.isfinite().all() for p in training.distiller.parameters())
