@@ -18,7 +18,7 @@ from torch import nn
 from ..data.files import Pickled, read_tensors, read_torch
 from .mobilenetv2 import mobilenetv2
 from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
-from .resnet import resnet
+from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
 from .wrn import wrn
@@ -40,6 +40,7 @@ families = [
     Family(r'resnet(\d+)(?:x(\d+(?:\.\d+)?))?', resnet,
            ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet29', 'resnet83',
             'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5', 'resnet56x0.5')),
+    Family(r'resnet(\d+)a', padded_resnet, ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a', 'resnet110a')),
     Family(r'wrn_(\d+)_(\d+)', wrn, ('wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2')),
     Family('mobilenetv2', mobilenetv2, ('mobilenetv2',)),
     Family('shufflenetv1', shufflenetv1, ('shufflenetv1',)),
