@@ -6,9 +6,10 @@
 __all__ = ['families', 'Family', 'model_names', 'read_checkpoint', 'looks_like', 'load_weights', 'create_model']
 
 # %% ../../nbs/models/zoo.ipynb #051ade35
-import re
+import json, re, warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -22,6 +23,8 @@ from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
 from .wrn import wrn
+from ..layer import KDLayer
+from ..taps import insert
 
 # %% ../../nbs/models/zoo.ipynb #52d7dac8
 @dataclass(frozen=True)
@@ -95,11 +98,17 @@ def _plain_names(state):
     return _without(state, 'student.') or state
 
 # %% ../../nbs/models/zoo.ipynb #abb29e88
-def _remedy(path):
-    return (f'. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
-            'copy the weights out once (here from under model):\n'
-            f'  python -c "import torch; f = torch.load({str(path)!r}, map_location=\'cpu\', weights_only=False); '
-            'torch.save(f[\'model\'], \'weights.pth\')"')
+def _few(items, most=4):
+    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
+
+def _remedy(weights): # the expression that gives them
+    under = ' (here from under model)' if weights.endswith("['model']") else ''
+    return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
+            f'copy the weights out once{under}:\n  python -c "import torch; torch.save({weights}, \'weights.pth\')"')
+
+def _quantised(state): # the names of its entries that are
+    small = lambda v: v.is_quantized or v.dtype in (torch.int8, torch.uint8)
+    return [k for k, v in state.items() if k.endswith(('zero_point', '_packed_params')) or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
 def read_checkpoint(
@@ -108,8 +117,10 @@ def read_checkpoint(
     "The state dict in a checkpoint of the field, under plain names."
     path = Path(path)
     try: found = read_tensors(path)[0] if path.suffix == '.safetensors' else read_torch(path)
-    except Pickled as error: raise Pickled(f'{error}{_remedy(path)}') from None
+    except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
     state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
+    if few := _quantised(state):
+        raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the weights from before they were quantised')
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
     keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict) else type(found).__name__
     raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
@@ -141,9 +152,6 @@ def looks_like(
     return f'{best} with {classes[-1]} classes{share}'
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
-def _few(items, most=4):
-    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
-
 def _numbers(x, like): # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps them?
     if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
     return x.is_floating_point() == like.is_floating_point() and not x.is_complex() and bool(x.to(like.dtype).isfinite().all())
