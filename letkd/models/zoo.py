@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from ..data.files import Pickled, read_tensors, read_torch
+from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
 from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
 from .wrn import wrn
-from ..layer import KDLayer
 from ..taps import insert
 
 # %% ../../nbs/models/zoo.ipynb #52d7dac8
@@ -126,9 +126,75 @@ def read_checkpoint(
     raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
                      f'expected tensors by name, as they are or under one of {_wrappers}')
 
-# %% ../../nbs/models/zoo.ipynb #a540f9e0
+# %% ../../nbs/models/zoo.ipynb #6ef1e03f
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+def _classifier(shapes): # the name of the last matrix; '' where there is none
+    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2])[-1]
+
+def _modules(shapes):
+    "{module: {kind of entry: shape}}, in order; without the number of classes."
+    last, found = _classifier(shapes).rpartition('.')[0], {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition('.')
+        found.setdefault(module, {})[kind] = shape[1:] if module == last else shape
+    return found
+
+# %% ../../nbs/models/zoo.ipynb #e9e2744c
+_RENAMES = [(r'^linear$', 'fc'), (r'\.shortcut\b', '.downsample'), (r'^stage(\d)', r'layer\1'), (r'^conv$', 'conv1'), (r'^bn$', 'bn1')]
+
+def _renamed(module):
+    for old, new in _RENAMES: module = re.sub(old, new, module)
+    return module
+
+def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
+    names = {module: _renamed(module) for module in theirs}
+    found = {names[module]: {*kinds} for module, kinds in theirs.items()}
+    return names if found == {module: {*kinds} for module, kinds in ours.items()} else None
+
+# %% ../../nbs/models/zoo.ipynb #bc5cbc5d
+def _counts_up(names):
+    "Does each number in the names grow, or stay, among those that differ in it alone?"
+    last = {}
+    for name in names:
+        parts = name.split('.')
+        for i, part in enumerate(parts):
+            stem, number = re.fullmatch(r'(.*?)(\d{0,9})', part, re.DOTALL).groups()
+            place = (*parts[:i], stem)
+            if number and int(number) < last.setdefault(place, int(number)): return False
+            if number: last[place] = int(number)
+    return True
+
+def _by_order(ours, theirs): # modules; returns {their name: our name}, or None
+    same = [*ours.values()] == [*theirs.values()]
+    certain = all(a != b for a, b in pairwise(ours.values())) and _counts_up(theirs) and [*theirs] != sorted(theirs)
+    return dict(zip(theirs, ours)) if same and certain else None
+
+# %% ../../nbs/models/zoo.ipynb #588b1b11
+def _own_names(own, state, source=None): # shapes or tensors by name; source: what a warning calls the state
+    "The entries under the network's own names where it is sure which they are, otherwise as they came."
+    ours, theirs = ({k: v for k, v in of.items() if not k.endswith('num_batches_tracked')} for of in (own, state))
+    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()}) for of in (ours, theirs))
+    if ours.keys() == theirs.keys(): return state
+    names = _by_name(ours, theirs)
+    if names is None and (names := _by_order(ours, theirs)) and source:
+        warnings.warn(f'{source}: its modules have names of their own and were taken in their order: '
+                      f'{_few([f"{a} as {b}" for a, b in names.items()])}. Names and shapes do not tell how it computes: look at its accuracy')
+    if names is None: return state
+    moved = lambda module, kind: '.'.join(filter(None, (names.get(module, module), kind)))
+    return {moved(*key.rpartition('.')[::2]): v for key, v in state.items()}
+
+# %% ../../nbs/models/zoo.ipynb #41ed7b97
+_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)  # the children that `letkd.taps.insert` makes
+
+def _inserted(state):
+    "{path of an inserted module: {name in it: its entry}}."
+    found = {}
+    for key, value in state.items():
+        if match := _INSERTED.fullmatch(key): found.setdefault(match[1], {})[match[2]] = value
+    return found
+
+# %% ../../nbs/models/zoo.ipynb #a540f9e0
 _ANY = 7919  # classes that no network has, for the number of the file's
 
 @cache
@@ -139,17 +205,19 @@ def looks_like(
     state: dict # name -> tensor
 ) -> str:       # such as 'resnet20 with 10 classes', or '' where nothing known comes close
     "The known network with these names and shapes; at least half of its entries must agree."
-    shapes = _shapes(state)
-    classes = [shape[0] for shape in shapes.values() if len(shape) == 2 and 0 < shape[0] < 10**6]
-    if not classes: return ''
+    layers = _inserted(state)
+    shapes = {k: shape for k, shape in _shapes(state).items() if not _INSERTED.fullmatch(k)}
+    classes = shapes.get(_classifier(shapes), (0,))[0]
+    if not 0 < classes < 10**6: return ''
     agreement = {}
     for name in model_names():
-        known = {k: tuple(classes[-1] if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
-        agreement[name] = len(known.items() & shapes.items()) / len(known.keys() | shapes.keys())
+        known = {k: tuple(classes if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
+        found = _own_names(known, shapes)
+        agreement[name] = len(known.items() & found.items()) / len(known.keys() | found.keys())
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
     share = '' if agreement[best] == 1 else f' ({agreement[best]:.0%} of all entries agree)'
-    return f'{best} with {classes[-1]} classes{share}'
+    return f'{best} with {classes} classes' + (f' and {_few([*layers])}' if layers else '') + share
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
 def _numbers(x, like): # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps them?
@@ -166,16 +234,24 @@ def _misfits(own, state):
              'with values that are no finite numbers': [k for k in shared if not _numbers(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
+def _other_classes(own, state): # (theirs, ours) where nothing but the number of classes differs, otherwise None
+    ours, theirs = _shapes(own), _shapes(state)
+    if _modules(ours) != _modules(theirs) or ours == theirs: return None
+    return tuple(shapes[_classifier(ours)][0] for shapes in (theirs, ours))
+
 # %% ../../nbs/models/zoo.ipynb #a6ed8971
 def load_weights(
     model: nn.Module, # its weights are overwritten, all or none
-    state: dict,      # name -> tensor; counts of batches (`num_batches_tracked`) may be missing
+    state: dict,      # name -> tensor, under the model's names or others; counts of batches (`num_batches_tracked`) may be missing
     source='state'    # what the error message calls it
 ) -> nn.Module:       # the same model
     "Load weights that fit, or say all that does not fit at once."
     own = model.state_dict()
+    state = _own_names(own, state, source)
     state = {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **state}
     if wrong := _misfits(own, state):
+        if n := _other_classes(own, state):
+            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} has {n[1]}; the rest fits')
         raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:', *wrong,
                                       f'it looks like {looks_like(state) or "no network known here"}']))
     model.load_state_dict(state)
