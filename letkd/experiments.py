@@ -28,6 +28,7 @@ from .data.files import atomic, read_json, read_tensors
 from .data.imagenet import PhotoBatches, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
 from .distiller import Distiller
+from .layer import KDLayer
 from .methods import addends, create_terms, method_options, nearest
 from .matching import perplexity
 from .models import create_model
@@ -276,6 +277,7 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
+    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs it
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)
@@ -328,7 +330,6 @@ def _commit() -> dict:
         return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
-
 # %% ../nbs/21_experiments.ipynb #ede61eb8
 def data_hash(*splits) -> str: # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
     "SHA-256 of what a run has seen; 64 hexadecimal digits."
@@ -340,7 +341,6 @@ def command(self: Experiment) -> str: # for a shell
     "What makes this run."
     settings = [f'--set {shlex.quote(f"{k}={v}")}' for k, v in self.changed.items()]
     return ' '.join(['letkd run', self.name, f'--seed {self.seed}', *settings])
-
 
 # %% ../nbs/21_experiments.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:

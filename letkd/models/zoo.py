@@ -129,8 +129,10 @@ def read_checkpoint(
 # %% ../../nbs/models/zoo.ipynb #6ef1e03f
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
-def _classifier(shapes): # the name of the last matrix; '' where there is none
-    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2])[-1]
+_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)  # the children that `letkd.taps.insert` makes
+
+def _classifier(shapes): # the name of the last matrix that is in no KD layer; '' where there is none
+    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2 and not _INSERTED.fullmatch(name)])[-1]
 
 def _modules(shapes):
     "{module: {kind of entry: shape}}, in order; without the number of classes."
@@ -150,7 +152,7 @@ def _renamed(module):
 def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
     names = {module: _renamed(module) for module in theirs}
     found = {names[module]: {*kinds} for module, kinds in theirs.items()}
-    return names if found == {module: {*kinds} for module, kinds in ours.items()} else None
+    return names if found == {module: {*kinds} for module, kinds in ours.items()} and len(ours) == len(theirs) else None
 
 # %% ../../nbs/models/zoo.ipynb #bc5cbc5d
 def _counts_up(names):
@@ -185,8 +187,6 @@ def _own_names(own, state, source=None): # shapes or tensors by name; source: wh
     return {moved(*key.rpartition('.')[::2]): v for key, v in state.items()}
 
 # %% ../../nbs/models/zoo.ipynb #41ed7b97
-_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)  # the children that `letkd.taps.insert` makes
-
 def _inserted(state):
     "{path of an inserted module: {name in it: its entry}}."
     found = {}
@@ -257,6 +257,40 @@ def load_weights(
     model.load_state_dict(state)
     return model
 
+# %% ../../nbs/models/zoo.ipynb #b3758c51
+def _alphas(path) -> dict: # {path of a KD layer: its alpha}, as far as the file says
+    if Path(path).suffix != '.safetensors': return {}
+    try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
+    except (ValueError, RecursionError): return {}
+    found = about.get('alpha') if isinstance(about, dict) else None
+    return {k: v for k, v in found.items() if type(v) is float and 0 < abs(v) < 1e30} if isinstance(found, dict) else {}
+
+_NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
+
+def _sizes(at, entries, source) -> tuple: # channels and templates of the KD layer at a path, and whether it has an alpha
+    templates, embeds = entries.get('templates'), 'semantics' in entries
+    names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
+    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and templates.is_contiguous():
+        return *templates.T.shape, embeds
+    raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its maker knows how it computes (load_run, '
+                     'for a student of SimKD). Put it there by `insert`, then call `load_weights`')
+
+def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc:input'
+    module, _, name = at.rpartition('.')
+    return module + ':input' * name.endswith('_input')
+
+# %% ../../nbs/models/zoo.ipynb #6e39a054
+def _insert_layers(model, state, alphas, source):
+    "Make room for the KD layers in a state; what stands in no module of this model is left for `load_weights` to complain about."
+    known = dict(model.named_modules())
+    layers = {at: _sizes(at, entries, source) for at, entries in _inserted(state).items() if at.rpartition('.')[0] in known}
+    if silent := [at for at, (*_, embeds) in layers.items() if embeds and at not in alphas]:
+        lines = [f'insert(model, {_tap(at)!r}, KDLayer({layers[at][0]}, {layers[at][1]}, alpha=...))' for at in silent]
+        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines,
+                                      f'load_weights(model, read_checkpoint({str(source)!r}))']))
+    for at, (channels, templates, embeds) in layers.items():
+        insert(model, _tap(at), KDLayer(channels, templates, alphas[at] if embeds else 0))
+
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
     name: str,                           # a name of the field, such as 'resnet32x4'; `model_names()` lists those in use
@@ -268,4 +302,7 @@ def create_model(
     model = family.build(*arguments, num_classes=num_classes)
     if checkpoint is None: return model
     state = family.weights(*arguments, checkpoint) if family.weights else None
-    return load_weights(model, read_checkpoint(checkpoint) if state is None else state, checkpoint)
+    if state is None:
+        state = read_checkpoint(checkpoint)
+        _insert_layers(model, state, _alphas(checkpoint), checkpoint)
+    return load_weights(model, state, checkpoint)
