@@ -270,7 +270,7 @@ _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
 def _sizes(at, entries, source) -> tuple: # channels and templates of the KD layer at a path, and whether it has an alpha
     templates, embeds = entries.get('templates'), 'semantics' in entries
     names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
-    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and templates.is_contiguous():
+    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and templates.layout is torch.strided and templates.is_contiguous():
         return *templates.T.shape, embeds
     raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its maker knows how it computes (load_run, '
                      'for a student of SimKD). Put it there by `insert`, then call `load_weights`')
