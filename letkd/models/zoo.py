@@ -286,7 +286,7 @@ def _insert_layers(model, state, alphas, source):
     layers = {at: _sizes(at, entries, source) for at, entries in _inserted(state).items() if at.rpartition('.')[0] in known}
     if silent := [at for at, (*_, embeds) in layers.items() if embeds and at not in alphas]:
         lines = [f'insert(model, {_tap(at)!r}, KDLayer({layers[at][0]}, {layers[at][1]}, alpha=...))' for at in silent]
-        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines,
+        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))
     for at, (channels, templates, embeds) in layers.items():
         insert(model, _tap(at), KDLayer(channels, templates, alphas[at] if embeds else 0))
