@@ -150,7 +150,8 @@ def _renamed(module):
     return module
 
 def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
-    names = {module: _renamed(module) for module in theirs}
+    known = {_renamed(module): module for module in ours}  # the field's resnet50 itself says shortcut and linear
+    names = {module: known.get(_renamed(module), module) for module in theirs}
     found = {names[module]: {*kinds} for module, kinds in theirs.items()}
     return names if found == {module: {*kinds} for module, kinds in ours.items()} and len(ours) == len(theirs) else None
 
