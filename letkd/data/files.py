@@ -203,7 +203,7 @@ def _refused(path, e: Exception) -> ValueError:
     except Exception: several = True  # damaged bytes raise anything
     load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
     if several: return Pickled(f'{path} holds Python objects ({found[1]:.80})', f"{load}['model']")
-    return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole network as a rule)', f'{load}.state_dict()')
+    return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole network as a rule, which needs its author\'s code)', f'{load}.state_dict()')
 
 # %% ../../nbs/data/files.ipynb #6ffd651f
 def read_torch(path): # a file of `torch.save`; returns what was saved, tensors on the CPU
