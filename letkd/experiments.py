@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'prepare', 'run', 'load_run', 'read_record', 'differences', 'compare']
+           'cached', 'environment', 'data_hash', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
+           'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
-import ast, hashlib, json, math, platform, re, shlex, subprocess, time
+import ast, hashlib, json, math, platform, re, shlex, subprocess, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Optional, get_args
+from typing import Callable, Optional, Union, get_args
 
 import torch
 from torch import nn
@@ -25,16 +26,18 @@ from .data.batches import PADDINGS, Augment, Batches
 from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
 from .data.files import atomic, read_json, read_tensors
-from .data.imagenet import PhotoBatches, ResizedCrop, imagenet
+from .data.imagenet import PhotoBatches, Photos, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
 from .distiller import Distiller
+from .layer import KDLayer
 from .methods import METHODS, addends, create_terms, method_options, nearest
 from .matching import perplexity
+from .meters import evaluate
 from .models import create_model
 from .models.folding import channels_last, fold_teacher
 from .models.pairs import pair_taps
 from .processes import agreed, processes, rank
-from .taps import resolve
+from .taps import insert, resolve
 from .training import SCHEDULES, Training, conditions, train
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
@@ -135,6 +138,7 @@ class Experiment:
     teacher_epochs: int = 240        # of the teacher's own run
     teacher_recipe: str = 'letkd'    # of the teacher's own run, one of `RECIPES`
     teacher_checkpoint: Optional[str] = None # a file for `create_model`; None: train the teacher
+    teacher_normalisation: Union[str, tuple, None] = None # of its images: 'imagenet', or (mean, std) of the three colours; None: the data set's
     penultimate: tuple = ('layer3', 'layer3')       # (student's tap, teacher's tap)
     intermediate: tuple = ('layer3.0', 'layer3.0')  # the same, one block earlier
     options: dict = field(default_factory=dict, hash=False) # of the method, see `letkd.methods.method_options`
@@ -183,6 +187,20 @@ def _check_options(e: Experiment, known: dict): # {option: default}
     floats = {k: float(v) for k, v in e.options.items() if type(known[k]) is float}
     object.__setattr__(e, 'options', dict(e.options, **floats))
 
+# %% ../nbs/21_experiments.ipynb #87517e43
+_NORMALISATIONS = {'imagenet': (Photos.mean, Photos.std)}  # of pixels from 0 to 1
+
+def _check_normalisation(e: Experiment):
+    value = e.teacher_normalisation
+    if value is None: return
+    if e.teacher_checkpoint is None:
+        raise ValueError(f"teacher_normalisation: found {value!r:.80} and no teacher_checkpoint; expected None, the data set's own: a teacher "
+                         'that is trained here gets these images')
+    mean, std = _NORMALISATIONS.get(value, (0, 0)) if isinstance(value, str) else value if len(value) == 2 else (0, 0)
+    three = lambda v: type(v) is tuple and len(v) == 3 and all(_fits(x, float) for x in v)
+    if not (three(mean) and three(std) and min(std) > 0):
+        raise _misfit('teacher_normalisation', value, "'imagenet', or ((mean of red, green, blue), (their standard deviations)), of pixels from 0 to 1")
+
 # %% ../nbs/21_experiments.ipynb #915ebdae
 @lru_cache
 def _network(name: str) -> nn.Module: # without weights: an unknown network or tap is refused here, not after an hour of training the teacher
@@ -200,6 +218,7 @@ def _check(e: Experiment):
     if addends(e.method) and not e.teacher:
         raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
     _check_options(e, method_options(e.method))
+    _check_normalisation(e)
 
 # %% ../nbs/21_experiments.ipynb #d84457a3
 @patch(cls_method=True)
@@ -307,6 +326,7 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
+    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs it
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)
@@ -469,6 +489,32 @@ def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Disti
     load_module(training.distiller.student, path)
     return training.distiller.eval()
 
+# %% ../nbs/21_experiments.ipynb #4eb65533
+class Renormalise(nn.Module):
+    "Images normalised in one way, as if they had been normalised in another."
+    def __init__(self,
+                 given: tuple,  # (mean, std) of the three colours, as the images come
+                 wanted: tuple, # the same, as they go
+                ):
+        super().__init__()
+        (mean, std), (mean_, std_) = (torch.tensor(v, dtype=torch.float64)[..., None, None] for v in (given, wanted))
+        self.register_buffer('gain', (std / std_).float())
+        self.register_buffer('shift', ((mean - mean_) / std_).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return x * self.gain + self.shift # B x 3 x H x W, both
+
+# %% ../nbs/21_experiments.ipynb #f4042ef7
+def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> float: # percent
+    "How good a teacher from a file is; a run that is done says it in its record."
+    if done := agreed(lambda: _finished(Path(out)/e.folder)): return done.get('teacher_top1')
+    top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500, share=(rank(), processes())))['top1']
+    said, chance = f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, {e.eval_split}', 100 / len(images.classes)
+    if not quiet and rank() == 0: print(said, flush=True)
+    if top1 < min(3 * chance, (100 + chance) / 2):
+        warnings.warn(f"{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation='imagenet', say), "
+                      'its classes stand in another order, it learned from another data set, or it computes otherwise under the same names')
+    return top1
+
 # %% ../nbs/21_experiments.ipynb #d0e21649
 def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
@@ -477,7 +523,12 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) 
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
-    return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record.get('top1_last'))
+    if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
+    images = e.load(e.eval_split)
+    if e.teacher_normalisation:
+        wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
+        insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
+    return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=_top1_of(e, teacher, images.to(device), out, quiet))
 
 # %% ../nbs/21_experiments.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
@@ -485,7 +536,8 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
     def fit(supervision, rows):
         settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float)) and not k.startswith('_') and k != 'training'}
         data = {key: getattr(e, key) for key in ('dataset', *_DATA)}
-        key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__, **made)
+        key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__,
+                   teacher_hash=made['teacher_hash'])
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
 

@@ -65,7 +65,7 @@ def _pair(e: Experiment) -> Experiment: # what the rows of a table share
     return _without(replace(e, method='ce', options={}), 'seed', 'penultimate', 'intermediate')
 
 def _alone(e: Experiment) -> Experiment: # what is left of a pair without its teacher
-    return _without(_pair(e), 'teacher', 'teacher_seed', 'teacher_epochs', 'teacher_recipe', 'teacher_checkpoint')
+    return _without(_pair(e), *(f.name for f in fields(Experiment) if f.name.startswith('teacher')))
 
 def row_of(e: Experiment # any
           ) -> Experiment: # the same for every run that may be averaged with it

@@ -36,10 +36,12 @@ from letkd.data.batches import Batches, Images
 from letkd.data.files import md5_of, read_tensors
 from letkd.distiller import Distiller
 from letkd.experiments import DATASETS, Experiment, cached, digest, load_run, read_record, run, save_module
+from letkd.layer import KDLayer
 from letkd.methods import METHODS, CrossEntropy
 from letkd.models.zoo import create_model, load_weights, read_checkpoint
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
 from letkd.subclasses import SubClasses
+from letkd.taps import insert
 from letkd.tables import STYLES, format_table, read_records, summary
 from letkd.training import Training
 
@@ -263,6 +265,50 @@ class Safetensors(Checkpoint):
     def mutate(self, name, data, rng): return TinyTensors.mutate(self, name, data, rng)
 
 
+class Renamed(Checkpoint):
+    "Under names of the file's own, which are taken in their order."
+    def files(self):
+        names = {'0': 'enter', '1': 'norm', '3': 'end'}
+        torch.save({f'{names[k[0]]}{k[1:]}': v for k, v in self.state.items() if 'tracked' not in k}, file := io.BytesIO())
+        return {'words.pth': file.getvalue()}
+
+    def mutate(self, name, data, rng): return super().mutate('', data, rng)
+
+    def load(self, folder):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*taken in their order')
+            super().load(folder)
+
+
+class Student:
+    "With KD layers, whose alpha its file says; whatever is wrong with it, no other network comes out."
+    def __init__(self):
+        torch.manual_seed(0)
+        self.images, self.student = torch.randn(2, 3, 8, 8), create_model('resnet8x0.5', 5)
+        for tap, layer in {'layer3.0': KDLayer(32, 4, .5), 'layer3': KDLayer(32, 3, 2.), 'layer2': KDLayer(16, 2, 0)}.items(): insert(self.student, tap, layer)
+
+    def files(self):
+        (folder := Path(os.environ['PYTEST_TMP'])/'student').mkdir(exist_ok=True)
+        save_module(self.student, folder/'student.safetensors', model='resnet8x0.5')
+        return {'student.safetensors': (folder/'student.safetensors').read_bytes()}
+
+    def mutate(self, name, data, rng):
+        if rng.random() < .5: return TinyTensors.mutate(self, name, data, rng)
+        state, at = {k: v.clone() for k, v in self.student.state_dict().items()}, rng.choice(('layer3.kd_layer', 'layer2.kd_layer', 'fc.kd_layer_input'))
+        key = f'{at}.{rng.choice(("templates", "semantics", "scale", "norm.weight", "x", "0.weight"))}'
+        state[key] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(3, 0), torch.ones(0, 3), torch.ones(2, 16, 1), torch.full((4, 32), torch.nan)])
+        if rng.random() < .3: del state[key]
+        alpha = {'layer3.kd_layer': 2., 'layer3.0.kd_layer': .5}
+        if rng.random() < .5: alpha = rng.choice([None, 1, [], 'x', {}, dict(alpha, **{rng.choice(list(alpha)): rng.choice([None, 0., 1, '2', float('nan'), float('inf'), True, []])})])
+        return save(state, dict(about=json.dumps(dict(alpha=alpha))))
+
+    def load(self, folder):
+        model = create_model('resnet8x0.5', 5, folder/'student.safetensors').eval()
+        assert model(self.images).isfinite().all()
+        layers = {at: m.alpha for at, m in model.named_modules() if isinstance(m, KDLayer)}
+        assert set(layers) == {k.rpartition('.')[0] for k in read_tensors(folder/'student.safetensors')[0] if k.endswith('.templates')}
+
+
 def record(name='digit_pairs/resnet14-resnet8x0.5/letkd2', **more):
     e = Experiment.named(name)
     values = dict(name=e.name, method=e.method, seed=e.seed, dataset=e.dataset, teacher=e.teacher, student=e.student, eval_split=e.eval_split, top1_last=50.,
@@ -352,7 +398,7 @@ class Run:
 
 
 LOADERS = dict(cifar=(Cifar, 600), tiny_zip=(Tiny, 250), tiny_folder=(TinyFolder, 100), tiny_tensors=(TinyTensors, 400), imagenet=(ImageNet, 300), pth=(Checkpoint, 400),
-               safetensors=(Safetensors, 500), record=(Record, 250), cache=(Supervision, 200), supervision=(Supervisions, 200), run=(Run, 200))
+               safetensors=(Safetensors, 500), renamed=(Renamed, 150), student=(Student, 150), record=(Record, 250), cache=(Supervision, 200), supervision=(Supervisions, 200), run=(Run, 200))
 COMMANDS = 500
 LONG = int(os.environ.get('LETKD_FUZZ', 0))
 

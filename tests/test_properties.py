@@ -316,7 +316,8 @@ def given_settings(draw, name):
     chosen = draw(st.sets(st.sampled_from(list(VALUES)), max_size=4))
     options = {k: draw(st.floats(.01, 100) if isinstance(v, float) else st.booleans() if isinstance(v, bool) else st.integers(1, 10**6))
                for k, v in method_options(name.rpartition('/')[2]).items() if isinstance(v, (int, float)) and draw(st.booleans())}
-    return {k: draw(VALUES[k]) for k in chosen} | options
+    normalisation = dict(teacher_normalisation=draw(st.sampled_from(['imagenet', ((.5, .5, .5), (.25, .2, .3))]))) if 'teacher_checkpoint' in chosen else {}
+    return {k: draw(VALUES[k]) for k in chosen} | normalisation | options
 
 
 @SMALL
