@@ -106,8 +106,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
                  ):
     "Run what is missing of a study, then print its table."
     if name == 'ablation/cost': return _costs(dataset, pair, device)
-    from letkd.experiments import run
-    from letkd.probes import probe_run
+    from letkd.probes import probe_run, run
     from letkd.published import study
     from letkd.tables import format_table, summary
     experiments, records, failed = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings)), [], []

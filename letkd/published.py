@@ -98,6 +98,7 @@ def plot_beside(frame: pd.DataFrame, # of `beside`
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False)
     return fig
 
+# %% ../nbs/26_published.ipynb #4f15d386
 def _panel(ax, pair: str, rows: pd.DataFrame, methods: list):
     for name, line in (('student', '-'), ('teacher', '--')):
         for value in rows[rows.method == name].value: ax.axvline(value, color='.6', ls=line, lw=1, zorder=1)

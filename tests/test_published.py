@@ -121,11 +121,15 @@ def test_records_are_read_and_named_as_they_were():
 
 # One step of every cell
 
+# What stands for what: networks of one family for each other's depth and width, CIFAR's cells for those of Tiny-ImageNet, which are
+# the same networks at twice the size, but for the methods that are built to the size of a map. Images, classes and K are few; photos are small.
 FAMILIES = {'wrn_40_2-wrn_40_1': 'wrn_40_2-wrn_16_2', 'resnet110-resnet20': 'resnet56-resnet20', 'resnet110-resnet32': 'resnet56-resnet20'}
 STEPS = sorted({(dataset, FAMILIES.get(pair, pair), method, options) for study, dataset, pair, method, options in CELLS
-                if method not in ('teacher', 'student') and not study.startswith(('probe', 'subclasses'))})
-CLASSES, COUNT = 5, 10
-SMALL = dict(num_prototypes=6, num_templates=6, num_dims=3, per_class=1, num_negatives=4)
+                if method not in ('teacher', 'student') and study not in ('probe', 'subclasses')
+                and (dataset != 'tiny_imagenet' or method in ('fitnet', 'letkd2'))})
+SHALLOW = dict(resnet56='resnet20', resnet83='resnet29', wrn_40_2='wrn_16_2')  # teachers
+CLASSES, COUNT = 3, 6
+SMALL = dict(num_prototypes=4, num_templates=4, num_dims=2, per_class=1, num_negatives=3)
 
 
 @cache
@@ -138,22 +142,22 @@ def images(dataset):
 @cache
 def teacher_of(name):
     torch.manual_seed(0)
-    return create_model(name, CLASSES).eval()
+    return create_model(SHALLOW.get(name, name), CLASSES).eval()
 
 
 @pytest.mark.parametrize('dataset, pair, method, options', STEPS)
 def test_a_cell_is_built_fitted_and_takes_a_step(dataset, pair, method, options):
-    "Networks that differ only in depth or width from others of their family stand for them, and images are few."
     e = Experiment.named(f'{dataset}/{pair}/{method}', **given(options))
     torch.manual_seed(0)
-    student, teacher, plain = create_model(e.student, CLASSES), teacher_of(e.teacher), Batches(images(dataset), 5)
+    student, teacher, plain = create_model(e.student, CLASSES), teacher_of(e.teacher), Batches(images(dataset), 3)
     small = {k: v for k, v in SMALL.items() if k in e.options}
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, **e.options | small)
-    training = Training(Distiller(student, teacher, terms), Batches(images(dataset), 5), 2, e.lr)
+    training = Training(Distiller(student, teacher, terms), Batches(images(dataset), 3), 2, e.lr)
     training.distiller.train()
-    for x, y, index in plain:
-        training.step(x, y, index)  # the meter raises where a loss is not finite
-        training.history = [None]   # then the second epoch: phases that stand alone are over
+    training.step(*next(iter(plain)))  # the meter raises where a loss is not finite
+    if any(getattr(term, 'alone', 0) for term in terms):
+        training.history = [None]  # the second epoch: the phase of their own is over
+        training.step(*next(iter(plain)))
     means = training.meter.means()
     assert all(isfinite(v) for v in means.values()) and means['loss'] > 0
     assert all(p.isfinite().all() for p in training.distiller.parameters())
