@@ -77,6 +77,7 @@ _BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2., 'wrn_40_2-wrn_16_2':
 _DKD = {pair: dict(dkd=dict(dkd_beta=beta)) for pair, beta in _BETA.items()}
 _DKD_PHOTOS = {pair: dict(dkd=dict(dkd_beta=beta, temperature=1., warmup=1 / 100))
                for pair, beta in {'resnet34-resnet18': .5, 'torchvision/resnet50-mobilenet_v2': 2.}.items()}
+_TDD = dict(tdd=dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 2, 3))))
 
 # %% ../nbs/21_experiments.ipynb #70f5edcd
 DATASETS = {
@@ -86,9 +87,10 @@ DATASETS = {
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True)),
     'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True), students=_MOBILE),
     'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), students=_MOBILE,
-                        pairs=_DKD | {'resnet50-mobilenetv2': _alphas(.1, .2)}),
+                        pairs=_DKD | {'resnet56-resnet20': _DKD['resnet56-resnet20'] | _TDD,
+                                      'resnet50-mobilenetv2': _alphas(.1, .2)}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), students=_MOBILE,
-                             pairs={'resnet50-mobilenetv2': _alphas(.5, 1.)}),
+                             pairs={'resnet56-resnet20': _TDD, 'resnet50-mobilenetv2': _alphas(.5, 1.)}),
     'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
                         batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches,
                         pairs=_DKD_PHOTOS),

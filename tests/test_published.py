@@ -36,6 +36,8 @@ DIFFERENCES = [
     ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd1',), dict(alpha_penultimate=.1)),
     ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd2',), dict(alpha_penultimate=.1, alpha_intermediate=.2)),
     ("letKD's alpha of this pair", ('tiny_imagenet',), (RN50,), ('letkd1', 'letkd2'), dict(alpha_penultimate=.5)),
+    ("the taps of TDD's example", ('cifar100', 'tiny_imagenet'), ('resnet56-resnet20',), ('tdd', 'tdd+crd'),
+     dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 2, 3)))),
 ]
 STUDIES = ('', *ABLATIONS)
 
