@@ -88,18 +88,20 @@ def in_turn(labels,  # int64, N
 def hold_out(labels,  # int64, N
              count,  # images of each class to hold out, or a share of each class, below 1
              seed=0,  # of the choice; global generators are neither read nor changed
+             order=None,  # int64, N: a permutation, whose first images of each class are held out; None: a random one
             ):  # (rest, held): int64 indices in ascending order, together 0 .. N - 1
     "Split off `count` random images of each class, or that share of them, but at least one."
     counts = labels.bincount()
     fewest, share = int(counts.min()), 0 < count < 1
     wanted = (counts * count).round().clamp(min=1) if share else torch.full_like(counts, int(count))
+    wanted = wanted.minimum(counts - 1)  # every class keeps one to train on
     if share and fewest < 2:
         raise ValueError(f'held_out: found {fewest} image of class {int(counts.argmin())}; '
                          'expected at least 2 of each, one to train on and one to hold out')
     if not share and not (count == int(count) and 1 <= count < fewest):
         raise ValueError(f'held_out: found {count} images of each class; expected 1 .. {fewest - 1}, '
                          'so that every class keeps some')
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if order is None: order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[order[_rank(labels[order]) < wanted[labels[order]]]] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
