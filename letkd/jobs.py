@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPIN', 'cores', 'busy', 'openmp', 'work', 'Jobs', 'reasons']
 
-# %% ../nbs/15_jobs.ipynb #8a1ffe85
+# %% ../nbs/15_jobs.ipynb #c155f199
 import contextlib, io, json, os, queue, shutil, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from typing import Callable, Optional
@@ -13,7 +13,7 @@ from typing import Callable, Optional
 from fastcore.basics import patch
 from tqdm import tqdm
 
-# %% ../nbs/15_jobs.ipynb #4c8d091d
+# %% ../nbs/15_jobs.ipynb #31707e75
 def cores() -> int: # at least 1
     "The cores that this process may use."
     if not hasattr(os, 'sched_getaffinity'): return os.cpu_count() or 1
@@ -21,7 +21,7 @@ def cores() -> int: # at least 1
     try: return len({Path(name.format(i)).read_text() for i in os.sched_getaffinity(0)})
     except OSError: return len(os.sched_getaffinity(0))
 
-# %% ../nbs/15_jobs.ipynb #a23846f7
+# %% ../nbs/15_jobs.ipynb #862809ef
 def _idle() -> float: # seconds since the machine started, added over the cores of this process
     lines = map(str.split, Path('/proc/stat').read_text().splitlines())
     own = {f'cpu{i}' for i in os.sched_getaffinity(0)}
@@ -35,7 +35,7 @@ def busy(seconds: float = .2, # to look
     time.sleep(seconds)
     return max(0., len(os.sched_getaffinity(0)) - (_idle() - before) / (time.perf_counter() - start))
 
-# %% ../nbs/15_jobs.ipynb #f3177139
+# %% ../nbs/15_jobs.ipynb #d57fa13c
 SPIN = 10_000  # looks before a thread sleeps; GNU's own default is 300,000
 
 def openmp(threads: Optional[int] = None, # None: as many as there are cores that nobody else uses
@@ -48,7 +48,7 @@ def openmp(threads: Optional[int] = None, # None: as many as there are cores tha
     if not given & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}: found['GOMP_SPINCOUNT'] = str(SPIN)
     return found
 
-# %% ../nbs/15_jobs.ipynb #d3cb1483
+# %% ../nbs/15_jobs.ipynb #7fab65ae
 class _Said(io.TextIOBase):
     "A text stream whose pieces are told."
     encoding = 'utf-8'
@@ -62,7 +62,7 @@ class _Said(io.TextIOBase):
         if '\r' in self.rest: self.tell(bar=self.rest.rpartition('\r')[2])
         return len(text)
 
-# %% ../nbs/15_jobs.ipynb #a3f9b27e
+# %% ../nbs/15_jobs.ipynb #b888e0b6
 def _listen(asked: queue.Queue, working: threading.Event):
     for line in sys.stdin: asked.put(json.loads(line))
     asked.put(None)
@@ -88,7 +88,7 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
         tell(code=code)
     os._exit(0)  # whatever threads a library has left
 
-# %% ../nbs/15_jobs.ipynb #5d107c8f
+# %% ../nbs/15_jobs.ipynb #18545572
 class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
         self.told, self.place, self.job, self.last = told, place, None, None
@@ -105,7 +105,7 @@ class _Worker:
         try: print(json.dumps(words), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass  # it is gone, and will be told so
 
-# %% ../nbs/15_jobs.ipynb #07305d8c
+# %% ../nbs/15_jobs.ipynb #11f3e723
 class _Board:
     def __init__(self, count: int, quiet: bool):
         self.quiet, self.watched = quiet, not quiet and sys.stderr.isatty()
@@ -123,7 +123,7 @@ class _Board:
     def close(self):
         for bar in self.bars: bar.close()
 
-# %% ../nbs/15_jobs.ipynb #a242d9cb
+# %% ../nbs/15_jobs.ipynb #f6cf72a5
 class Jobs:
     "What is to be done, what is running, and what came of it."
     def __init__(self,
@@ -151,7 +151,7 @@ class Jobs:
             self.board.say(f'{self.total - len(self.waiting) + 1}/{self.total}: {job}')
             worker.ask(job, self.waiting.pop(job)[0])
 
-# %% ../nbs/15_jobs.ipynb #31284b4f
+# %% ../nbs/15_jobs.ipynb #aa8c6a8b
 @patch
 def hear(self: Jobs):
     "Wait for the next thing that a worker tells, and act on it."
@@ -173,7 +173,7 @@ def note(self: Jobs, worker: _Worker, code: int, last: str):
     worker.job = worker.last = None
     self.board.show(worker.place)
 
-# %% ../nbs/15_jobs.ipynb #57e2ff35
+# %% ../nbs/15_jobs.ipynb #99c446bb
 @patch
 def stop(self: Jobs):
     "End all workers; what they are at goes on when it is asked for again."
@@ -196,12 +196,13 @@ def run(self: Jobs) -> dict: # {name: why} of the jobs that failed; None for tho
         for name in given: del os.environ[name]
         self.stop(); self.board.close()
 
-# %% ../nbs/15_jobs.ipynb #4bcc49b8
+# %% ../nbs/15_jobs.ipynb #d530ce4d
 def reasons(failed: dict, # of `Jobs.run`
             total: int,   # jobs there were
-           ) -> str:      # several lines
+           ) -> str:      # several lines; none where nothing failed
     "Why jobs failed, each reason once."
     known = {}
+    if not failed: return ''
     for job, why in failed.items(): known.setdefault(why, []).append(job)
     others = known.pop(None, [])
     lines = [jobs[0] + (f' and {len(jobs) - 1} more' if jobs[1:] else '') + f': {why}' for why, jobs in known.items()]
