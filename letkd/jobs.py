@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPIN', 'cores', 'busy', 'openmp', 'work', 'Jobs', 'reasons']
 
-# %% ../nbs/15_jobs.ipynb #c155f199
+# %% ../nbs/15_jobs.ipynb #9160f2c7
 import contextlib, io, json, os, queue, shutil, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from typing import Callable, Optional
@@ -13,7 +13,7 @@ from typing import Callable, Optional
 from fastcore.basics import patch
 from tqdm import tqdm
 
-# %% ../nbs/15_jobs.ipynb #31707e75
+# %% ../nbs/15_jobs.ipynb #6a389cfc
 def cores() -> int: # at least 1
     "The cores that this process may use."
     if not hasattr(os, 'sched_getaffinity'): return os.cpu_count() or 1
@@ -21,7 +21,7 @@ def cores() -> int: # at least 1
     try: return len({Path(name.format(i)).read_text() for i in os.sched_getaffinity(0)})
     except OSError: return len(os.sched_getaffinity(0))
 
-# %% ../nbs/15_jobs.ipynb #862809ef
+# %% ../nbs/15_jobs.ipynb #3a657aee
 def _idle() -> float: # seconds since the machine started, added over the cores of this process
     lines = map(str.split, Path('/proc/stat').read_text().splitlines())
     own = {f'cpu{i}' for i in os.sched_getaffinity(0)}
@@ -35,7 +35,7 @@ def busy(seconds: float = .2, # to look
     time.sleep(seconds)
     return max(0., len(os.sched_getaffinity(0)) - (_idle() - before) / (time.perf_counter() - start))
 
-# %% ../nbs/15_jobs.ipynb #d57fa13c
+# %% ../nbs/15_jobs.ipynb #6aa33b30
 SPIN = 10_000  # looks before a thread sleeps; GNU's own default is 300,000
 
 def openmp(threads: Optional[int] = None, # None: as many as there are cores that nobody else uses
@@ -48,7 +48,7 @@ def openmp(threads: Optional[int] = None, # None: as many as there are cores tha
     if not given & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}: found['GOMP_SPINCOUNT'] = str(SPIN)
     return found
 
-# %% ../nbs/15_jobs.ipynb #7fab65ae
+# %% ../nbs/15_jobs.ipynb #d9dcbb8c
 class _Said(io.TextIOBase):
     "A text stream whose pieces are told."
     encoding = 'utf-8'
@@ -62,7 +62,7 @@ class _Said(io.TextIOBase):
         if '\r' in self.rest: self.tell(bar=self.rest.rpartition('\r')[2])
         return len(text)
 
-# %% ../nbs/15_jobs.ipynb #b888e0b6
+# %% ../nbs/15_jobs.ipynb #b973b4d7
 def _listen(asked: queue.Queue, working: threading.Event):
     for line in sys.stdin: asked.put(json.loads(line))
     asked.put(None)
@@ -86,9 +86,10 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
         code = _do(call, words)
         working.clear()
         tell(code=code)
+        if code > 128: break  # a signal has stopped it, and means the worker too
     os._exit(0)  # whatever threads a library has left
 
-# %% ../nbs/15_jobs.ipynb #18545572
+# %% ../nbs/15_jobs.ipynb #2f164910
 class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
         self.told, self.place, self.job, self.last = told, place, None, None
@@ -97,15 +98,16 @@ class _Worker:
         threading.Thread(target=self._collect, daemon=True).start()
 
     def _collect(self):
-        for line in self.process.stdout: self.told.put((self, json.loads(line)))
-        self.told.put((self, dict(gone=self.process.wait())))
+        with self.process:  # closes both pipes
+            for line in self.process.stdout: self.told.put((self, json.loads(line)))
+        self.told.put((self, dict(gone=self.process.returncode)))
 
     def ask(self, job: str, words: list):
         self.job, self.last = job, None
         try: print(json.dumps(words), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass  # it is gone, and will be told so
 
-# %% ../nbs/15_jobs.ipynb #11f3e723
+# %% ../nbs/15_jobs.ipynb #269f9c2d
 class _Board:
     def __init__(self, count: int, quiet: bool):
         self.quiet, self.watched = quiet, not quiet and sys.stderr.isatty()
@@ -123,7 +125,7 @@ class _Board:
     def close(self):
         for bar in self.bars: bar.close()
 
-# %% ../nbs/15_jobs.ipynb #f6cf72a5
+# %% ../nbs/15_jobs.ipynb #17306e20
 class Jobs:
     "What is to be done, what is running, and what came of it."
     def __init__(self,
@@ -151,7 +153,7 @@ class Jobs:
             self.board.say(f'{self.total - len(self.waiting) + 1}/{self.total}: {job}')
             worker.ask(job, self.waiting.pop(job)[0])
 
-# %% ../nbs/15_jobs.ipynb #aa8c6a8b
+# %% ../nbs/15_jobs.ipynb #3f1d42f7
 @patch
 def hear(self: Jobs):
     "Wait for the next thing that a worker tells, and act on it."
@@ -173,7 +175,7 @@ def note(self: Jobs, worker: _Worker, code: int, last: str):
     worker.job = worker.last = None
     self.board.show(worker.place)
 
-# %% ../nbs/15_jobs.ipynb #99c446bb
+# %% ../nbs/15_jobs.ipynb #7fda0d53
 @patch
 def stop(self: Jobs):
     "End all workers; what they are at goes on when it is asked for again."
@@ -196,7 +198,7 @@ def run(self: Jobs) -> dict: # {name: why} of the jobs that failed; None for tho
         for name in given: del os.environ[name]
         self.stop(); self.board.close()
 
-# %% ../nbs/15_jobs.ipynb #d530ce4d
+# %% ../nbs/15_jobs.ipynb #19901931
 def reasons(failed: dict, # of `Jobs.run`
             total: int,   # jobs there were
            ) -> str:      # several lines; none where nothing failed
