@@ -94,7 +94,7 @@ def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = Fals
     title = f'ablation/cost: one KD layer in {student} on {dataset}; {1e6 * frame.seconds.median():,.0f} microseconds an image without it'
     print(format_costs(frame, title, 'markdown' if markdown else 'text'))
 
-# %% ../nbs/28_cli.ipynb #44cfd447
+# %% ../nbs/28_cli.ipynb #4f71155b
 def _plan(experiments: list) -> dict: # {folder: (`Experiment`, the folder of its teacher's run or None)}, teachers first
     from letkd.methods import addends
     plan = {}
@@ -110,7 +110,7 @@ def _words(e, out, device, quiet: bool, checkpoint_every: str) -> list: # behind
     flags = [word for name, value in more.items() if value for word in [f'--{name}', value][:1 if value is True else 2]]
     return [*shlex.split(e.command)[1:], '--out', str(out), '--checkpoint-every', checkpoint_every, *flags]
 
-# %% ../nbs/28_cli.ipynb #2365607b
+# %% ../nbs/28_cli.ipynb #c22fe0b2
 _WORK = 'from letkd.cli import main; from letkd.jobs import work; work(main)'
 
 def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every) -> tuple: # (records, what failed and why)
@@ -368,7 +368,7 @@ def _bench_arguments(commands):
     bench.add_argument('--json', dest='file', metavar='FILE', help='also write the record into this file')
     bench.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
     bench.add_argument('--threads', type=int, default=1, help='of the CPU (default: 1)')
-    bench.add_argument('--parts', nargs='+', metavar='PART', help='some of layer, step, kd, lda, kmeans, growth (default: all)')
+    bench.add_argument('--parts', nargs='+', metavar='PART', help='some of layer, step, kd, lda, kmeans, growth, threads (default: all)')
     bench.set_defaults(call=bench_command)
 
 # %% ../nbs/28_cli.ipynb #ababdff3

@@ -243,7 +243,8 @@ def free(folder):  # is nobody at work there?
 
 def test_many_runs_stop_together_and_go_on(tmp_path):
     "Killed, the parent leaves nobody behind; by Ctrl-C it ends in order; the same command then comes to its end."
-    words = command('sweep', 'ablation/clusters', '--out', tmp_path, '--jobs', 2, '--quiet', *MINIATURE, epochs=12, train_size=640)
+    words = command('sweep', 'ablation/clusters', '--dataset', 'digit_pairs', '--pair', 'resnet8-resnet8x0.5', '--out', tmp_path, '--jobs', 2, '--quiet',
+                    **dict(SMALL, epochs=6))
     started = lambda: [p for p in tmp_path.rglob('.run.lock') if not free(p.parent)]
     for number, code in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
@@ -267,7 +268,7 @@ def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
     from letkd.cli import main
     from letkd.tables import read_records
     tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
-                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6))
+                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6), settings=('letkd',))
     monkeypatch.setattr(bench, 'QUICK', tiny)
     assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
     record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
