@@ -230,7 +230,7 @@ def test_students_of_a_teacher_that_failed_are_not_started(jobs, tmp_path, capsy
     broken.write_text('x')
     assert main(['sweep', 'ablation/clusters', '--out', str(tmp_path), '--jobs', str(jobs), *MINIATURE]) == 2
     said = capsys.readouterr().err
-    assert '1 of 6 runs failed, and 4 were not started' in said and said.count('delete it') == 1 and f'{teacher.folder}: ' in said
+    assert '1 of 6 runs failed, so 4 more did not start' in said and said.count('delete it') == 1 and f'{teacher.folder}: ' in said
     assert [name.split('/')[1:3] for name in hashes(tmp_path)] == [['resnet8', 'ce']]
 
 
