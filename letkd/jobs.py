@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPIN', 'cores', 'busy', 'openmp', 'work', 'Jobs', 'reasons']
 
-# %% ../nbs/15_jobs.ipynb #b4448353
+# %% ../nbs/15_jobs.ipynb #a81f72dc
 import contextlib, io, json, os, queue, re, shutil, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from typing import Callable, Optional
@@ -13,7 +13,7 @@ from typing import Callable, Optional
 from fastcore.basics import patch
 from tqdm import tqdm
 
-# %% ../nbs/15_jobs.ipynb #72b1fc71
+# %% ../nbs/15_jobs.ipynb #6114f417
 def cores() -> int: # at least 1
     "The cores that this process may use."
     if not hasattr(os, 'sched_getaffinity'): return os.cpu_count() or 1
@@ -21,7 +21,7 @@ def cores() -> int: # at least 1
     try: return len({Path(name.format(i)).read_text() for i in os.sched_getaffinity(0)})
     except OSError: return len(os.sched_getaffinity(0))
 
-# %% ../nbs/15_jobs.ipynb #d9a7fe83
+# %% ../nbs/15_jobs.ipynb #9f6712fb
 def _idle() -> float: # seconds since the machine started, added over the cores of this process
     lines = map(str.split, Path('/proc/stat').read_text().splitlines())
     own = {f'cpu{i}' for i in os.sched_getaffinity(0)}
@@ -35,7 +35,7 @@ def busy(seconds: float = .2, # to look
     time.sleep(seconds)
     return max(0., len(os.sched_getaffinity(0)) - (_idle() - before) / (time.perf_counter() - start))
 
-# %% ../nbs/15_jobs.ipynb #f50012ae
+# %% ../nbs/15_jobs.ipynb #099278d6
 SPIN = 10_000  # looks before a thread sleeps; GNU's own default is 300,000
 
 def openmp(threads: Optional[int] = None, # None: as many as there are cores that nobody else uses
@@ -48,7 +48,7 @@ def openmp(threads: Optional[int] = None, # None: as many as there are cores tha
     if not given & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}: found['GOMP_SPINCOUNT'] = str(SPIN)
     return found
 
-# %% ../nbs/15_jobs.ipynb #5cc4d681
+# %% ../nbs/15_jobs.ipynb #b5b47eb9
 class _Said(io.TextIOBase):
     "A text stream whose pieces are told."
     encoding = 'utf-8'
@@ -62,7 +62,7 @@ class _Said(io.TextIOBase):
         if '\r' in self.rest: self.tell(bar=self.rest.rpartition('\r')[2])
         return len(text)
 
-# %% ../nbs/15_jobs.ipynb #8a2a9599
+# %% ../nbs/15_jobs.ipynb #cbef2aae
 def _listen(asked: queue.Queue, working: threading.Event):
     for line in sys.stdin: asked.put(json.loads(line))
     asked.put(None)
@@ -89,7 +89,7 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
         if code > 128: break  # a signal has stopped it, and means the worker too
     os._exit(0)  # whatever threads a library has left
 
-# %% ../nbs/15_jobs.ipynb #5d9e2319
+# %% ../nbs/15_jobs.ipynb #08afe9da
 class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
         self.told, self.place, self.job, self.last = told, place, None, None
@@ -107,7 +107,7 @@ class _Worker:
         try: print(json.dumps(words), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass  # it is gone, and will be told so
 
-# %% ../nbs/15_jobs.ipynb #e9584793
+# %% ../nbs/15_jobs.ipynb #6e2b5176
 def _short(text: str, width: int) -> str: # of a bar of `letkd.meters.Progress`
     for part in (r'\|.*?\| ', r'loss .*?%, '):
         if len(text) > width: text = re.sub(part, '', text, count=1)
@@ -129,7 +129,7 @@ class _Board:
     def close(self):
         for bar in self.bars: bar.close()
 
-# %% ../nbs/15_jobs.ipynb #3cdc6991
+# %% ../nbs/15_jobs.ipynb #208c7c3b
 class Jobs:
     "What is to be done, what is running, and what came of it."
     def __init__(self,
@@ -157,7 +157,7 @@ class Jobs:
             self.board.say(f'{self.total - len(self.waiting) + 1}/{self.total}: {job}')
             worker.ask(job, self.waiting.pop(job)[0])
 
-# %% ../nbs/15_jobs.ipynb #989c70f6
+# %% ../nbs/15_jobs.ipynb #d8030553
 @patch
 def hear(self: Jobs):
     "Wait for the next thing that a worker tells, and act on it."
@@ -179,7 +179,7 @@ def note(self: Jobs, worker: _Worker, code: int, last: str):
     worker.job = worker.last = None
     self.board.show(worker.place)
 
-# %% ../nbs/15_jobs.ipynb #f6aff116
+# %% ../nbs/15_jobs.ipynb #0cb0efde
 @patch
 def stop(self: Jobs):
     "End all workers; what they are at goes on when it is asked for again."
@@ -202,7 +202,7 @@ def run(self: Jobs) -> dict: # {name: why} of the jobs that failed; None for tho
         for name in given: del os.environ[name]
         self.stop(); self.board.close()
 
-# %% ../nbs/15_jobs.ipynb #04994e05
+# %% ../nbs/15_jobs.ipynb #4db9cddb
 def reasons(failed: dict, # of `Jobs.run`
             total: int,   # jobs there were
            ) -> str:      # several lines; none where nothing failed
