@@ -36,7 +36,7 @@ def _take(lock: FileLock, folder: Path, wait: bool):
 def locked(folder,               # made if missing; the block gets it as a `Path`
            wait: bool = False,   # for another process that holds it, instead of an error
            name: str = '.lock',  # of the lock's file
-          ) -> Iterator[Path]:
+          ) -> Iterator[Path]: # the folder
     "Hold a folder, or what `name` stands for in it."
     folder = Path(folder)
     lock = FileLock(folder/name)
