@@ -7,11 +7,12 @@ __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'sweep_com
            'demo_experiments', 'demo_command', 'demo_figures', 'names', 'parser', 'main']
 
 # %% ../nbs/28_cli.ipynb #d5be1984
-import argparse, json, os, sys, time
+import argparse, json, os, shlex, sys, time
 from pathlib import Path
 from typing import Optional
 
 from . import __version__
+from .jobs import Jobs, cores, openmp, reasons
 
 # %% ../nbs/28_cli.ipynb #2762b864
 _ERRORS = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, ImportError)  # what a user can cause and mend
@@ -25,9 +26,11 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
         raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of its own; see letkd run --help')
     return settings
 
-def _count(seeds: int) -> int: # of a demo or a sweep
-    if not 1 <= seeds <= 1000: raise ValueError(f'--seeds: found {seeds}; expected 1 .. 1000')
-    return seeds
+def _count(number: int, name: str = '--seeds') -> int: # of a demo or a sweep
+    if not 1 <= number <= 1000: raise ValueError(f'{name}: found {number}; expected 1 .. 1000')
+    return number
+
+def _text(e: BaseException) -> str: return str(e.args[0] if isinstance(e, KeyError) else e)
 
 # %% ../nbs/28_cli.ipynb #26a00009
 def run_command(name: str,                    # data set/teacher-student/method, or data set/network
@@ -92,6 +95,44 @@ def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = Fals
     title = f'ablation/cost: one KD layer in {student} on {dataset}; {1e6 * frame.seconds.median():,.0f} microseconds an image without it'
     print(format_costs(frame, title, 'markdown' if markdown else 'text'))
 
+# %% ../nbs/28_cli.ipynb #4f71155b
+def _plan(experiments: list) -> dict: # {folder: (`Experiment`, the folder of its teacher's run or None)}, teachers first
+    from letkd.methods import addends
+    plan = {}
+    for e in experiments:
+        teacher = e.of_teacher() if addends(e.method) and e.teacher_checkpoint is None else None
+        if teacher: plan.setdefault(teacher.folder, (teacher, None))
+        plan.setdefault(e.folder, (e, teacher and teacher.folder))
+    return plan
+
+def _words(e, out, device, quiet: bool, checkpoint_every: str) -> list: # behind `letkd`
+    import torch
+    more = dict(device=device, quiet=quiet, deterministic=torch.are_deterministic_algorithms_enabled())
+    flags = [word for name, value in more.items() if value for word in [f'--{name}', value][:1 if value is True else 2]]
+    return [*shlex.split(e.command)[1:], '--out', str(out), '--checkpoint-every', checkpoint_every, *flags]
+
+# %% ../nbs/28_cli.ipynb #c22fe0b2
+_WORK = 'from letkd.cli import main; from letkd.jobs import work; work(main)'
+
+def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every) -> tuple: # (records, what failed and why)
+    from letkd.experiments import run
+    plan, own, records = _plan(experiments), {e.folder for e in experiments}, {}
+    failed = _side_by_side(plan, jobs, out, device, quiet, checkpoint_every) if jobs > 1 else {}
+    for i, (folder, (e, teacher)) in enumerate(plan.items()):
+        if teacher in failed: failed.setdefault(folder)
+        if folder in failed or jobs > 1 and folder not in own: continue
+        if jobs == 1 and not quiet: print(f'{i + 1}/{len(plan)}: {folder}', flush=True)
+        try: records[folder] = (call if folder in own else run)(e, out, device, quiet, checkpoint_every)
+        except _ERRORS as error: failed[folder] = _text(error)
+    return [records[folder] for folder in dict.fromkeys(e.folder for e in experiments) if folder in records], reasons(failed, len(plan))
+
+def _side_by_side(plan: dict, jobs: int, out, *common) -> dict: # {folder: why} of the runs that failed
+    from letkd.processes import processes
+    if processes() > 1: raise ValueError(f'--jobs: found {jobs} under torchrun, whose processes share each run; expected 1')
+    missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
+    return Jobs({folder: (_words(plan[folder][0], out, *common), plan[folder][1] if plan[folder][1] in missing else None) for folder in missing},
+                jobs, _WORK, quiet=common[1]).run()
+
 # %% ../nbs/28_cli.ipynb #d4de8fcc
 def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `letkd.published.study`
                   dataset: str = '',    # another data set
@@ -103,20 +144,20 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
                   quiet: bool = False,  # no progress
                   checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
                   recipe: str = 'letkd', # or 'original', of a main table
+                  jobs: int = 1,        # runs at the same time
                  ):
     "Run what is missing of a study, then print its table."
     if name == 'ablation/cost': return _costs(dataset, pair, device)
     from letkd.probes import probe_run, run
     from letkd.published import study
     from letkd.tables import format_table, summary
-    experiments, records, failed = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings)), [], []
-    for i, e in enumerate(experiments):
-        print(f'{i + 1}/{len(experiments)}: {e.folder}', flush=True)
-        try: records.append((probe_run if name == 'ablation/probe' else run)(e, out, device, quiet, checkpoint_every))
-        except _ERRORS as error: failed.append(f'{e.folder}: {error}')
+    _count(jobs, '--jobs')
+    experiments = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings))
+    call = probe_run if name == 'ablation/probe' else run
+    records, failed = _run_all(experiments, jobs, call, out, device, quiet, checkpoint_every)
     print('\n' + format_table(summary(records)))
     if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
-    if failed: raise RuntimeError(f'{len(failed)} of {len(experiments)} runs failed:\n' + '\n'.join(failed))
+    if failed: raise RuntimeError(failed)
 
 # %% ../nbs/28_cli.ipynb #26a00002
 def reproduce_command(record: str,                  # a record.json
@@ -169,16 +210,19 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
                  device: Optional[str] = None, # None: CUDA where there is one
                  quiet: bool = False,          # no progress
                  checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                 jobs: int = 1,                # runs at the same time
                 ):
     "Train a teacher and its students on DigitPairs, print what each gained, draw the figures."
     from letkd.experiments import run
     from letkd.tables import format_table, summary
+    _count(jobs, '--jobs')
     start, experiments = time.time(), demo_experiments(seeds, long)
     teacher = next(e for e in experiments if e.teacher).of_teacher()
     done = sum((Path(out)/e.folder/'record.json').exists() for e in [teacher, *experiments])
     print(f'{teacher.student} teaches {experiments[0].student} on DigitPairs, {teacher.train_size:,} images of 100 classes: '
           f'{len(experiments) + 1} runs' + (f', {done} of them done already' if done else '') + f'. Results go to {out}/', flush=True)
-    records = [run(e, out, device, quiet, checkpoint_every) for e in [teacher, *experiments]]
+    records, failed = _run_all([teacher, *experiments], jobs, run, out, device, quiet, checkpoint_every)
+    if failed: raise RuntimeError(failed)
     print('\n' + format_table(summary(records)) + '\n')
     for line in demo_figures(experiments[-1], records, out, device): print(line)
     print(f'{time.time() - start:.0f} s in all')
@@ -242,6 +286,8 @@ def _common(parser, out: str):
 def _recipe(parser):
     parser.add_argument('--recipe', default='letkd',
                         help="letkd: letKD's for every row; original: that of the paper a row comes from (default: letkd)")
+def _jobs(parser):
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='so many runs at the same time, each with its share of the cores (default: 1)')
 
 def _set(parser):
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings', help='change a setting; may be repeated')
@@ -273,7 +319,7 @@ def _demo_arguments(commands):
                                            'Stopped by Ctrl-C, it goes on when called again.')
     demo.add_argument('--seeds', type=int, default=1, help='runs of each method (default: 1)')
     demo.add_argument('--long', action='store_true', help='a longer schedule, the setting in which the comparison is fair; about half an hour')
-    _common(demo, 'demo'); demo.set_defaults(call=demo_command)
+    _common(demo, 'demo'); _jobs(demo); demo.set_defaults(call=demo_command)
 
 def _run_arguments(commands):
     run = commands.add_parser('run', help='one experiment', formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -299,7 +345,7 @@ def _sweep_arguments(commands):
     sweep.add_argument('name', help='such as cifar100 or ablation/layers')
     sweep.add_argument('--seeds', type=int, default=1, help='runs of each row (default: 1)')
     _recipe(sweep); _elsewhere(sweep)
-    _common(sweep, 'runs'); sweep.set_defaults(call=sweep_command)
+    _common(sweep, 'runs'); _jobs(sweep); sweep.set_defaults(call=sweep_command)
 
 def _table_arguments(commands):
     table = commands.add_parser('table', help='the records of a data set or a study as a table',
@@ -326,7 +372,7 @@ def _bench_arguments(commands):
     bench.add_argument('--json', dest='file', metavar='FILE', help='also write the record into this file')
     bench.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
     bench.add_argument('--threads', type=int, default=1, help='of the CPU (default: 1)')
-    bench.add_argument('--parts', nargs='+', metavar='PART', help='some of layer, step, kd, lda, kmeans, growth (default: all)')
+    bench.add_argument('--parts', nargs='+', metavar='PART', help='some of layer, step, kd, lda, kmeans, growth, threads (default: all)')
     bench.set_defaults(call=bench_command)
 
 # %% ../nbs/28_cli.ipynb #ababdff3
@@ -340,6 +386,9 @@ def parser() -> argparse.ArgumentParser: # with a subparser for each command, wh
 
 # %% ../nbs/28_cli.ipynb #26a00005
 def _call(call, deterministic: bool = False, checkpoint_every: Optional[str] = None, **given):
+    if checkpoint_every and 'torch' not in sys.modules:  # it reads them when it is loaded
+        jobs = given.get('jobs', 1)
+        os.environ.update(openmp(max(1, cores() // jobs) if jobs > 1 else None))
     from letkd.checkpoints import Every, Signals
     from letkd.processes import joined
     if deterministic: _equal_bits()
@@ -366,7 +415,7 @@ def main(args: Optional[list] = None) -> int: # of strings; None: those of the p
         print(f'\nletkd: {str(e) or "interrupted"}' + ('' if 'goes on' in str(e) else '; the same command goes on from the last checkpoint'), file=sys.stderr)
         return getattr(e, 'code', 130)
     except _ERRORS as e:
-        print(f'letkd: {e.args[0] if isinstance(e, KeyError) else e}', file=sys.stderr)
+        print(f'letkd: {_text(e)}', file=sys.stderr)
         return 2
     return 0
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 # %% ../nbs/21_experiments.ipynb #21a00010
 import letkd
-from .checkpoints import write_text
+from .checkpoints import locked, write_text
 from .data.batches import PADDINGS, Augment, Batches
 from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
@@ -352,11 +352,11 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    "Fit a module once for each key; where there are several processes, the first one does it for all."
+    "Fit a module once for each key, whoever asks: of several processes one does it, and the others wait."
     path = Path(folder)/f'{digest(key)}.safetensors'
     def fit():
         if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
-    agreed(fit)
+    with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
     load_module(module, path, key=json.dumps(key))
     return module
 
@@ -450,6 +450,7 @@ def run(e: Experiment,                # what to run
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
         checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+        wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     folder = Path(out)/e.folder
@@ -458,13 +459,15 @@ def run(e: Experiment,                # what to run
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
-        agreed(lambda: _announce(e, folder, quiet))
-        perplexities = _first_look(e, training.distiller, plain)
         images = e.load(e.eval_split)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
-        train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
-    made['data_hash'] = data_hash(plain.images, images)
-    return agreed(lambda: _finish(e, training, folder, perplexities, made))
+        with locked(folder, wait, '.run.lock'):
+            if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
+            agreed(lambda: _announce(e, folder, quiet))
+            perplexities = _first_look(e, training.distiller, plain)
+            train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
+            made['data_hash'] = data_hash(plain.images, images)
+            return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
@@ -522,7 +525,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) 
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
-        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every)
+        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
