@@ -114,6 +114,8 @@ def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and d
 def load_state_dict(self: Training, state: dict):
     "Go on from `state`, the global generators included."
     for name in _PARTS: getattr(self, name).load_state_dict(state[name])
+    for p, kept in self.optimiser.state.items():  # a scale of a KD layer had no axis once
+        kept.update({k: v.reshape(p.shape) for k, v in kept.items() if torch.is_tensor(v)})
     self.history, self.seconds = state['history'], state['seconds']
     if rank() < len(state['generators']):  # a process more than before draws numbers of its own
         own = state['generators'][rank()]
