@@ -28,6 +28,7 @@ from .data.files import atomic, read_json, read_tensors
 from .data.imagenet import PhotoBatches, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
 from .distiller import Distiller
+from .layer import KDLayer
 from .methods import addends, create_terms, method_options, nearest
 from .matching import perplexity
 from .models import create_model
@@ -276,6 +277,7 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
+    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs it
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)

@@ -7,9 +7,10 @@ __all__ = ['data_root', 'atomic', 'make_folder', 'download', 'md5_of', 'fetch', 
            'read_tensors', 'read_json']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
-import glob, hashlib, io, json, math, os, re, tarfile, time, warnings, zipfile
-from contextlib import contextmanager
+import glob, hashlib, io, json, math, os, pickletools, re, tarfile, time, warnings, zipfile
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
 from urllib.request import urlopen
@@ -161,21 +162,55 @@ def decode(data: bytes, # of a JPEG, PNG or WebP file
         raise ValueError(f'{name}: not a sound image ({len(data):,} bytes): {what}') from None
 
 # %% ../../nbs/data/files.ipynb #a6515951
-class Pickled(ValueError): "A file that would have to be executed to be read."
+class Pickled(ValueError):
+    "A file that would have to be executed to be read."
+    def __init__(self,
+                 said: str,    # what was found
+                 weights: str, # the expression of PyTorch that gives its weights
+                ):
+        super().__init__(f'{said}, and opening it could run any program, so it was not opened')
+        self.weights = weights
+
+_PROGRAMS = {'constants.pkl': ('TorchScript', "torch.jit.load({!r}, map_location='cpu').state_dict()"),
+             'archive_format': ('torch.export', 'torch.export.load({!r}).state_dict')}  # by a member that only they have
+
+def _check_zip(path):
+    with zipfile.ZipFile(path) as archive: members = archive.infolist()
+    for member, (kind, weights) in _PROGRAMS.items():
+        if any(info.filename.endswith(f'/{member}') for info in members):
+            raise Pickled(f'{path} holds a network as a program of {kind}', weights.format(str(path)))
+    unpacked = sum(info.file_size for info in members)
+    if unpacked > os.path.getsize(path): raise ValueError(f'compressed, {unpacked:,} bytes if unpacked')
+
+# %% ../../nbs/data/files.ipynb #674421ad
+def _is_dict(path) -> bool: # does the outermost object begin as a dict does? Nothing is executed
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, 'rb'))
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            file = archive.open(next(name for name in archive.namelist() if name.endswith('/data.pkl')))
+        else:
+            for _ in range(3): [*pickletools.genops(file)]  # the old format: three pickles about the format come first
+        begin = [(op.name, arg) for op, arg, _ in islice(pickletools.genops(file), 2)][-1]
+    return begin[0] == 'EMPTY_DICT' or begin == ('GLOBAL', 'collections OrderedDict')
 
 def _refused(path, e: Exception) -> ValueError:
+    if isinstance(e, Pickled): return e
     said = str(e).rpartition('WeightsUnpickler error:')[2].strip()  # PyTorch's own message begins with advice to trust the file
-    if found := re.search(r'GLOBAL ([\w.]+)', said):
-        return Pickled(f'{path} holds Python objects ({found[1]:.80}), and opening such a pickle could run any program, so it was not opened')
-    return ValueError(f'{path}: no sound file of torch.save: {_line(said) or type(e).__name__}')
+    if not (found := re.search(r'GLOBAL ([\w.]+)', said)):
+        return ValueError(f'{path}: no sound file of torch.save: {_line(said) or type(e).__name__}')
+    try: several = _is_dict(path)
+    except Exception: several = True  # damaged bytes raise anything
+    load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
+    if several: return Pickled(f'{path} holds Python objects ({found[1]:.80})', f"{load}['model']")
+    return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole network as a rule)', f'{load}.state_dict()')
 
+# %% ../../nbs/data/files.ipynb #6ffd651f
 def read_torch(path): # a file of `torch.save`; returns what was saved, tensors on the CPU
     "Tensors, numbers, strings, lists and dicts that `torch.save` wrote. Nothing else is read, and nothing executed."
     with open(path, 'rb'): pass  # a file that is not there says so itself
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive: unpacked = sum(info.file_size for info in archive.infolist())
-            if unpacked > os.path.getsize(path): raise ValueError(f'compressed, {unpacked:,} bytes if unpacked')
+        if zipfile.is_zipfile(path): _check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about formats that end in an error anyway
             return torch.load(path, map_location='cpu', weights_only=True)
@@ -183,13 +218,13 @@ def read_torch(path): # a file of `torch.save`; returns what was saved, tensors 
 
 # %% ../../nbs/data/files.ipynb #c6989696
 def read_tensors(path,             # a safetensors file
-                 names: Optional[Iterable] = None, # of the tensors to read; None: all
+                 names: Optional[Iterable] = None, # of the tensors to read, () for none of them; None: all
                 ) -> tuple:        # ({name: tensor}, {name: text} that the file says about itself)
     "Tensors of a safetensors file, on the CPU."
     with open(path, 'rb'): pass
     try:
         with safe_open(path, 'pt') as file:
-            return {name: file.get_tensor(name) for name in names or file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, file.metadata() or {}
     except Exception as e: raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
 
 # %% ../../nbs/data/files.ipynb #f64f8c57

@@ -6,9 +6,10 @@
 __all__ = ['families', 'Family', 'model_names', 'read_checkpoint', 'looks_like', 'load_weights', 'create_model']
 
 # %% ../../nbs/models/zoo.ipynb #051ade35
-import re
+import json, re, warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -16,12 +17,14 @@ import torch
 from torch import nn
 
 from ..data.files import Pickled, read_tensors, read_torch
+from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
-from .resnet import resnet
+from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
 from .wrn import wrn
+from ..taps import insert
 
 # %% ../../nbs/models/zoo.ipynb #52d7dac8
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ families = [
     Family(r'resnet(\d+)(?:x(\d+(?:\.\d+)?))?', resnet,
            ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet29', 'resnet83',
             'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5', 'resnet56x0.5')),
+    Family(r'resnet(\d+)a', padded_resnet, ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a', 'resnet110a')),
     Family(r'wrn_(\d+)_(\d+)', wrn, ('wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2')),
     Family('mobilenetv2', mobilenetv2, ('mobilenetv2',)),
     Family('shufflenetv1', shufflenetv1, ('shufflenetv1',)),
@@ -94,11 +98,17 @@ def _plain_names(state):
     return _without(state, 'student.') or state
 
 # %% ../../nbs/models/zoo.ipynb #abb29e88
-def _remedy(path):
-    return (f'. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
-            'copy the weights out once (here from under model):\n'
-            f'  python -c "import torch; f = torch.load({str(path)!r}, map_location=\'cpu\', weights_only=False); '
-            'torch.save(f[\'model\'], \'weights.pth\')"')
+def _few(items, most=4):
+    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
+
+def _remedy(weights): # the expression that gives them
+    under = ' (here from under model)' if weights.endswith("['model']") else ''
+    return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
+            f'copy the weights out once{under}:\n  python -c "import torch; torch.save({weights}, \'weights.pth\')"')
+
+def _quantised(state): # the names of its entries that are
+    small = lambda v: v.is_quantized or v.dtype in (torch.int8, torch.uint8)
+    return [k for k, v in state.items() if k.endswith(('zero_point', '_packed_params')) or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
 def read_checkpoint(
@@ -107,16 +117,84 @@ def read_checkpoint(
     "The state dict in a checkpoint of the field, under plain names."
     path = Path(path)
     try: found = read_tensors(path)[0] if path.suffix == '.safetensors' else read_torch(path)
-    except Pickled as error: raise Pickled(f'{error}{_remedy(path)}') from None
+    except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
     state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
+    if few := _quantised(state):
+        raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the weights from before they were quantised')
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
     keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict) else type(found).__name__
     raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
                      f'expected tensors by name, as they are or under one of {_wrappers}')
 
-# %% ../../nbs/models/zoo.ipynb #a540f9e0
+# %% ../../nbs/models/zoo.ipynb #6ef1e03f
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)  # the children that `letkd.taps.insert` makes
+
+def _classifier(shapes): # the name of the last matrix that is in no KD layer; '' where there is none
+    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2 and not _INSERTED.fullmatch(name)])[-1]
+
+def _modules(shapes):
+    "{module: {kind of entry: shape}}, in order; without the number of classes."
+    last, found = _classifier(shapes).rpartition('.')[0], {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition('.')
+        found.setdefault(module, {})[kind] = shape[1:] if module == last else shape
+    return found
+
+# %% ../../nbs/models/zoo.ipynb #e9e2744c
+_RENAMES = [(r'^linear$', 'fc'), (r'\.shortcut\b', '.downsample'), (r'^stage(\d)', r'layer\1'), (r'^conv$', 'conv1'), (r'^bn$', 'bn1')]
+
+def _renamed(module):
+    for old, new in _RENAMES: module = re.sub(old, new, module)
+    return module
+
+def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
+    names = {module: _renamed(module) for module in theirs}
+    found = {names[module]: {*kinds} for module, kinds in theirs.items()}
+    return names if found == {module: {*kinds} for module, kinds in ours.items()} and len(ours) == len(theirs) else None
+
+# %% ../../nbs/models/zoo.ipynb #bc5cbc5d
+def _counts_up(names):
+    "Does each number in the names grow, or stay, among those that differ in it alone?"
+    last = {}
+    for name in names:
+        parts = name.split('.')
+        for i, part in enumerate(parts):
+            stem, number = re.fullmatch(r'(.*?)(\d{0,9})', part, re.DOTALL).groups()
+            place = (*parts[:i], stem)
+            if number and int(number) < last.setdefault(place, int(number)): return False
+            if number: last[place] = int(number)
+    return True
+
+def _by_order(ours, theirs): # modules; returns {their name: our name}, or None
+    same = [*ours.values()] == [*theirs.values()]
+    certain = all(a != b for a, b in pairwise(ours.values())) and _counts_up(theirs) and [*theirs] != sorted(theirs)
+    return dict(zip(theirs, ours)) if same and certain else None
+
+# %% ../../nbs/models/zoo.ipynb #588b1b11
+def _own_names(own, state, source=None): # shapes or tensors by name; source: what a warning calls the state
+    "The entries under the network's own names where it is sure which they are, otherwise as they came."
+    ours, theirs = ({k: v for k, v in of.items() if not k.endswith('num_batches_tracked')} for of in (own, state))
+    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()}) for of in (ours, theirs))
+    if ours.keys() == theirs.keys(): return state
+    names = _by_name(ours, theirs)
+    if names is None and (names := _by_order(ours, theirs)) and source:
+        warnings.warn(f'{source}: its modules have names of their own and were taken in their order: '
+                      f'{_few([f"{a} as {b}" for a, b in names.items()])}. Names and shapes do not tell how it computes: look at its accuracy')
+    if names is None: return state
+    moved = lambda module, kind: '.'.join(filter(None, (names.get(module, module), kind)))
+    return {moved(*key.rpartition('.')[::2]): v for key, v in state.items()}
+
+# %% ../../nbs/models/zoo.ipynb #41ed7b97
+def _inserted(state):
+    "{path of an inserted module: {name in it: its entry}}."
+    found = {}
+    for key, value in state.items():
+        if match := _INSERTED.fullmatch(key): found.setdefault(match[1], {})[match[2]] = value
+    return found
+
+# %% ../../nbs/models/zoo.ipynb #a540f9e0
 _ANY = 7919  # classes that no network has, for the number of the file's
 
 @cache
@@ -127,22 +205,21 @@ def looks_like(
     state: dict # name -> tensor
 ) -> str:       # such as 'resnet20 with 10 classes', or '' where nothing known comes close
     "The known network with these names and shapes; at least half of its entries must agree."
-    shapes = _shapes(state)
-    classes = [shape[0] for shape in shapes.values() if len(shape) == 2 and 0 < shape[0] < 10**6]
-    if not classes: return ''
+    layers = _inserted(state)
+    shapes = {k: shape for k, shape in _shapes(state).items() if not _INSERTED.fullmatch(k)}
+    classes = shapes.get(_classifier(shapes), (0,))[0]
+    if not 0 < classes < 10**6: return ''
     agreement = {}
     for name in model_names():
-        known = {k: tuple(classes[-1] if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
-        agreement[name] = len(known.items() & shapes.items()) / len(known.keys() | shapes.keys())
+        known = {k: tuple(classes if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
+        found = _own_names(known, shapes)
+        agreement[name] = len(known.items() & found.items()) / len(known.keys() | found.keys())
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
     share = '' if agreement[best] == 1 else f' ({agreement[best]:.0%} of all entries agree)'
-    return f'{best} with {classes[-1]} classes{share}'
+    return f'{best} with {classes} classes' + (f' and {_few([*layers])}' if layers else '') + share
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
-def _few(items, most=4):
-    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
-
 def _numbers(x, like): # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps them?
     if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
     return x.is_floating_point() == like.is_floating_point() and not x.is_complex() and bool(x.to(like.dtype).isfinite().all())
@@ -157,21 +234,63 @@ def _misfits(own, state):
              'with values that are no finite numbers': [k for k in shared if not _numbers(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
+def _other_classes(own, state): # (theirs, ours) where nothing but the number of classes differs, otherwise None
+    ours, theirs = _shapes(own), _shapes(state)
+    if _modules(ours) != _modules(theirs) or ours == theirs: return None
+    return tuple(shapes[_classifier(ours)][0] for shapes in (theirs, ours))
+
 # %% ../../nbs/models/zoo.ipynb #a6ed8971
 def load_weights(
     model: nn.Module, # its weights are overwritten, all or none
-    state: dict,      # name -> tensor; counts of batches (`num_batches_tracked`) may be missing
+    state: dict,      # name -> tensor, under the model's names or others; counts of batches (`num_batches_tracked`) may be missing
     source='state'    # what the error message calls it
 ) -> nn.Module:       # the same model
     "Load weights that fit, or say all that does not fit at once."
     own = model.state_dict()
+    state = _own_names(own, state, source)
     state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v for k, v in state.items()}
     state = {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **state}
     if wrong := _misfits(own, state):
+        if n := _other_classes(own, state):
+            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} has {n[1]}; the rest fits')
         raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:', *wrong,
                                       f'it looks like {looks_like(state) or "no network known here"}']))
     model.load_state_dict(state)
     return model
+
+# %% ../../nbs/models/zoo.ipynb #b3758c51
+def _alphas(path) -> dict: # {path of a KD layer: its alpha}, as far as the file says
+    if Path(path).suffix != '.safetensors': return {}
+    try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
+    except (ValueError, RecursionError): return {}
+    found = about.get('alpha') if isinstance(about, dict) else None
+    return {k: v for k, v in found.items() if type(v) is float and 0 < abs(v) < 1e30} if isinstance(found, dict) else {}
+
+_NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
+
+def _sizes(at, entries, source) -> tuple: # channels and templates of the KD layer at a path, and whether it has an alpha
+    templates, embeds = entries.get('templates'), 'semantics' in entries
+    names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
+    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and templates.is_contiguous():
+        return *templates.T.shape, embeds
+    raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its maker knows how it computes (load_run, '
+                     'for a student of SimKD). Put it there by `insert`, then call `load_weights`')
+
+def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc:input'
+    module, _, name = at.rpartition('.')
+    return module + ':input' * name.endswith('_input')
+
+# %% ../../nbs/models/zoo.ipynb #6e39a054
+def _insert_layers(model, state, alphas, source):
+    "Make room for the KD layers in a state; what stands in no module of this model is left for `load_weights` to complain about."
+    known = dict(model.named_modules())
+    layers = {at: _sizes(at, entries, source) for at, entries in _inserted(state).items() if at.rpartition('.')[0] in known}
+    if silent := [at for at, (*_, embeds) in layers.items() if embeds and at not in alphas]:
+        lines = [f'insert(model, {_tap(at)!r}, KDLayer({layers[at][0]}, {layers[at][1]}, alpha=...))' for at in silent]
+        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines,
+                                      f'load_weights(model, read_checkpoint({str(source)!r}))']))
+    for at, (channels, templates, embeds) in layers.items():
+        insert(model, _tap(at), KDLayer(channels, templates, alphas[at] if embeds else 0))
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
@@ -184,4 +303,7 @@ def create_model(
     model = family.build(*arguments, num_classes=num_classes)
     if checkpoint is None: return model
     state = family.weights(*arguments, checkpoint) if family.weights else None
-    return load_weights(model, read_checkpoint(checkpoint) if state is None else state, checkpoint)
+    if state is None:
+        state = read_checkpoint(checkpoint)
+        _insert_layers(model, state, _alphas(checkpoint), checkpoint)
+    return load_weights(model, state, checkpoint)
