@@ -105,6 +105,14 @@ def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function 
 def _node(layer: nn.Module, x: fx.Proxy) -> fx.Proxy: # one node of the graph that is being written
     return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,), {})
 
+# %% ../nbs/04_layer.ipynb #ad8493cc
+class _Together(torch.autograd.Function):
+    "Features and loss unchanged; their gradients enter the layer at the same time."
+    @staticmethod
+    def forward(ctx, out, loss): return out.clone(), loss.clone()
+    @staticmethod
+    def backward(ctx, dout, dloss): return dout, dloss
+
 # %% ../nbs/04_layer.ipynb #b88ad91f
 @patch
 def forward(self: KDLayer,
@@ -118,8 +126,10 @@ def forward(self: KDLayer,
     rows = last.reshape(-1, self.channels)
     out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale, self.value_scale, self.norm, self.alpha,
                                      self._supervision.target if within else target)
-    if within: self._supervision.add(self, loss)
     out = x if self.alpha == 0 else _like(out, last, x)
+    if within:
+        if loss.requires_grad: out, loss = _Together.apply(out, loss)
+        self._supervision.add(self, loss)
     return out if target is None else (out, loss)
 
 # %% ../nbs/04_layer.ipynb #d546e6ff
