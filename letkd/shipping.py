@@ -7,6 +7,7 @@ __all__ = ['FORMS', 'export', 'trained', 'export_run']
 
 # %% ../nbs/shipping.ipynb #912fba9a
 import copy, importlib, inspect, io, json, warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Callable
 
@@ -174,7 +175,7 @@ def _about(model, images, mean, std, about) -> dict:
 
 # %% ../nbs/shipping.ipynb #903617e6
 def _written(path, write, read, model, x, about) -> tuple: # (bytes of the file, the program that they are)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # `torch.export` draws what it cannot write
         warnings.simplefilter('ignore')  # of exporters, about their own future and about shapes that `_agreement` checks
         try:
             data = write(model, x, about)
