@@ -112,9 +112,9 @@ def _batches(images: Tensor) -> list: # of several sizes
     one, five = random(1), random(5)
     return [images[:64], one, five, 255 - five if images.dtype == torch.uint8 else -five]
 
-def _agreement(student: Callable, program: Callable, batches: list) -> dict:
-    "Both on each batch: the largest difference over the largest logit, and on how many images they choose the same class."
-    expected, found = (torch.cat([f(x) for x in batches]).double() for f in (student, program))
+def _agreement(expected: Tensor, found: Tensor) -> dict: # logits
+    "The largest difference over the largest logit, and on how many images both choose the same class."
+    expected, found = expected.double(), found.double()
     return dict(difference=((found - expected).abs().max() / expected.abs().max()).item(),
                 same=int((found.argmax(1) == expected.argmax(1)).sum()), images=len(expected))
 
@@ -142,12 +142,12 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
     path = Path(path)
     images = _checked(student, images, mean, std)
     write, read = _form(path, images.dtype == torch.uint8)
-    model, expected, batches = folded(student).cpu().requires_grad_(False), _by_student(student, mean, std), _batches(images)
+    model, batches = folded(student).cpu().requires_grad_(False), _batches(images)
     about = json.dumps(_about(model, images, mean, std, about), allow_nan=False)
-    expected(images[:1])
+    expected = torch.cat([*map(_by_student(student, mean, std), batches)])
     if images.dtype == torch.uint8: model = _Bytes(model, next(model.parameters(), torch.ones(())), mean, std).eval()
-    data, program = _written(path, write, read, model, torch.cat([images[:2]] * 2)[:2], about)
-    with torch.no_grad(): found = _agreement(expected, program, batches)
+    data, logits = _written(path, write, read, model, torch.cat([images[:2]] * 2)[:2], about, batches)
+    found = _agreement(expected, logits)
     limit = 2e-2 if {v.dtype for v in student.parameters()} & {torch.float16, torch.bfloat16} else 1e-3
     if not found['difference'] <= limit:
         raise RuntimeError(f'{path}: not written. The program is {found["difference"]:.1g} of the largest logit away from the student; '
@@ -171,15 +171,19 @@ def _about(model, images, mean, std, about) -> dict:
     takes = 'bytes 0 .. 255' if images.dtype == torch.uint8 else 'normalised: (bytes / 255 - mean) / std'
     layers = [path for path, m in model.named_modules() if isinstance(m, FoldedKDLayer)]
     return dict(letkd=letkd.__version__, images=dict(shape=['batch', *images.shape[1:]], dtype=str(images.dtype).split('.')[1], takes=takes,
-                                                     mean=mean and list(mean), std=std and list(std)), folded=layers, **about)
+                                                     mean=_numbers(mean), std=_numbers(std)), folded=layers, **about)
+
+def _numbers(v): return None if v is None else [float(x) for x in v]
 
 # %% ../nbs/shipping.ipynb #903617e6
-def _written(path, write, read, model, x, about) -> tuple: # (bytes of the file, the program that they are)
+@torch.no_grad()
+def _written(path, write, read, model, x, about, batches) -> tuple: # (bytes of the file, what the program in it makes of the batches)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # `torch.export` draws what it cannot write
         warnings.simplefilter('ignore')  # of exporters, about their own future and about shapes that `_agreement` checks
         try:
             data = write(model, x, about)
-            return data, read(data, model)
+            program = read(data, model)
+            return data, torch.cat([program(x) for x in batches])
         except Exception as e: # whatever an exporter raises
             said = next((line for line in map(str.strip, str(e).splitlines()) if line), '')[:300]
             raise RuntimeError(f'{path}: not written. This network cannot be put into {path.suffix} ({type(e).__name__}: {said})') from e
