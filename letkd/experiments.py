@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
+           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
@@ -406,6 +406,14 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
+# %% ../nbs/21_experiments.ipynb #761fc2a6
+def seen(images # an `Images`, or `Photos`
+        ) -> dict: # height and width, mean and std in units of full intensity, names of the classes
+    "What a network has to know about images like these."
+    size = getattr(images, 'resolution', None)
+    size = [size, size] if size else list(images.images.shape[-2:])
+    return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
+
 # %% ../nbs/21_experiments.ipynb #f09112b9
 def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
@@ -480,7 +488,8 @@ def _announce(e: Experiment, folder: Path, quiet: bool):
     if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
 
 def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
-    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
+    images = seen(training.batches.images)
+    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name, images=images)
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 

@@ -56,6 +56,28 @@ def test_a_run_that_is_done_is_not_done_again(out):
     assert 'epoch' not in again.stdout.replace('last epoch', '')
 
 
+def test_a_student_leaves_for_others(out, tmp_path, capsys):
+    "From its own file alone, at another place, with no data and no record there."
+    import torch
+    from letkd.cli import main
+    path, record = record_of(out)
+    shutil.copy(path.with_name('student.safetensors'), tmp_path)
+    for run, to, more in ((path.parent, 'a.ts', []), (path, 'b.safetensors', []), (tmp_path/'student.safetensors', 'c.ts', ['--pixels'])):
+        assert main(['export', str(run), '--to', str(tmp_path/to), *more]) == 0
+        assert '13 classes the same' in capsys.readouterr().out
+    with torch.no_grad(): assert torch.jit.load(tmp_path/'c.ts')(torch.zeros(7, 3, 16, 16, dtype=torch.uint8)).shape == (7, 100)
+    for run, to, says in ((out, 'd.ts', 'found no student'), (path, 'd.pt', 'expected one of .pt2, .onnx'), (path, 'd', "found the ending ''")):
+        assert main(['export', str(run), '--to', str(tmp_path/to)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.startswith('letkd: ') and error.count('\n') == 1
+    assert {p.name for p in tmp_path.iterdir()} == {'student.safetensors', 'a.ts', 'b.safetensors', 'c.ts'}
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'letkd', '--version'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith('letkd ')
+
+
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler here')
 def test_the_teacher_may_run_compiled(tmp_path):
     losses = []
@@ -129,7 +151,7 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['run', '--names']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['export', '--help'], ['run', '--names']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
