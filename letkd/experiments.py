@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
+           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 # %% ../nbs/21_experiments.ipynb #21a00010
 import letkd
-from .checkpoints import write_text
+from .checkpoints import locked, write_text
 from .data.batches import PADDINGS, Augment, Batches
 from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
@@ -352,11 +352,11 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    "Fit a module once for each key; where there are several processes, the first one does it for all."
+    "Fit a module once for each key, whoever asks: of several processes one does it, and the others wait."
     path = Path(folder)/f'{digest(key)}.safetensors'
     def fit():
         if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
-    agreed(fit)
+    with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
     load_module(module, path, key=json.dumps(key))
     return module
 
@@ -406,6 +406,14 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
+# %% ../nbs/21_experiments.ipynb #761fc2a6
+def seen(images # an `Images`, or `Photos`
+        ) -> dict: # height and width, mean and std in units of full intensity, names of the classes
+    "What a network has to know about images like these."
+    size = getattr(images, 'resolution', None)
+    size = [size, size] if size else list(images.images.shape[-2:])
+    return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
+
 # %% ../nbs/21_experiments.ipynb #f09112b9
 def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
@@ -450,6 +458,7 @@ def run(e: Experiment,                # what to run
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
         checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+        wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     folder = Path(out)/e.folder
@@ -458,13 +467,15 @@ def run(e: Experiment,                # what to run
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
-        agreed(lambda: _announce(e, folder, quiet))
-        perplexities = _first_look(e, training.distiller, plain)
         images = e.load(e.eval_split)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
-        train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
-    made['data_hash'] = data_hash(plain.images, images)
-    return agreed(lambda: _finish(e, training, folder, perplexities, made))
+        with locked(folder, wait, '.run.lock'):
+            if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
+            agreed(lambda: _announce(e, folder, quiet))
+            perplexities = _first_look(e, training.distiller, plain)
+            train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
+            made['data_hash'] = data_hash(plain.images, images)
+            return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
@@ -477,7 +488,8 @@ def _announce(e: Experiment, folder: Path, quiet: bool):
     if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
 
 def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
-    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
+    images = seen(training.batches.images)
+    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name, images=images)
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 
@@ -522,7 +534,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) 
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
-        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every)
+        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from typing import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from fastcore.basics import patch
 
 from .fused import embed, fused_kd_layer
@@ -42,9 +45,9 @@ class KDLayer(nn.Module):
             if found < 1: raise ValueError(f'KDLayer: found {name} = {found}; expected at least 1')
         super().__init__()
         self.channels, self.alpha, self.init_scale = channels, float(alpha), float(scale)
-        self.templates, self.scale = nn.Parameter(torch.empty(templates, channels)), nn.Parameter(torch.empty(()))
+        self.templates, self.scale = nn.Parameter(torch.empty(templates, channels)), nn.Parameter(torch.empty(1))
         self.semantics = nn.Parameter(torch.empty(channels, templates)) if alpha else None
-        self.value_scale = nn.Parameter(torch.empty(())) if alpha else None
+        self.value_scale = nn.Parameter(torch.empty(1)) if alpha else None
         self.norm = _ScoreNorm(templates) if alpha else None
         self._supervision = None
         self.reset_parameters()
@@ -63,20 +66,27 @@ def reset_parameters(self: KDLayer):
 @patch
 def extra_repr(self: KDLayer) -> str: return f'channels={self.channels}, templates={len(self.templates)}, alpha={self.alpha:g}'
 
+# %% ../nbs/04_layer.ipynb #81938e5d
+@patch
+def _load_from_state_dict(self: KDLayer, state: dict, prefix: str, *args):
+    for key in (f'{prefix}scale', f'{prefix}value_scale'):
+        if key in state and state[key].ndim == 0: state[key] = state[key].reshape(1)
+    super(KDLayer, self)._load_from_state_dict(state, prefix, *args)
+
 # %% ../nbs/04_layer.ipynb #6c8ba3c9
 @patch
 def _last(self: KDLayer, x: Tensor) -> Tensor:
     "`x` with its channels last, or the error that says what was found."
     if x.ndim not in (3, 4): raise ValueError(f'KDLayer: found an input of shape {tuple(x.shape)}; '
                                               'expected a map B x C x H x W or tokens B x N x C')
-    x = x.movedim(1, -1) if x.ndim == 4 else x
+    x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
     if x.shape[-1] != self.channels: raise ValueError(f'KDLayer: found {x.shape[-1]} channels; expected {self.channels}. '
                                                       'Build it with the channels of the map behind which it stands')
     return x
 
 def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layout of `x`, whose channels-last form is `last`
     out = rows.reshape(*last.shape[:-1], rows.shape[-1])
-    out = out.movedim(-1, 1) if x.ndim == 4 else out
+    out = out.permute(0, 3, 1, 2) if x.ndim == 4 else out
     return out.contiguous() if x.is_contiguous() else out
 
 # %% ../nbs/04_layer.ipynb #83699381
@@ -91,6 +101,18 @@ def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function 
     tiles = _in_tiles(*rows.shape, len(self.templates), learns and self.alpha != 0, rows.is_cuda)
     return fused_kd_layer if tiles else kd_layer
 
+# %% ../nbs/04_layer.ipynb #47712728
+def _node(layer: nn.Module, x: fx.Proxy) -> fx.Proxy: # one node of the graph that is being written
+    return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,), {})
+
+# %% ../nbs/04_layer.ipynb #ad8493cc
+class _Together(torch.autograd.Function):
+    "Features and loss unchanged; their gradients enter the layer at the same time."
+    @staticmethod
+    def forward(ctx, out, loss): return out.clone(), loss.clone()
+    @staticmethod
+    def backward(ctx, dout, dloss): return dout, dloss
+
 # %% ../nbs/04_layer.ipynb #b88ad91f
 @patch
 def forward(self: KDLayer,
@@ -98,13 +120,16 @@ def forward(self: KDLayer,
             target = None, # a target for its rows (image by image, row by row), or None
            ):              # features like `x`; with a target a pair (features, loss)
     "Add the embedding of what matched; see `letkd.matching.kd_layer`."
+    if isinstance(x, fx.Proxy) and target is None: return _node(self, x)
     last = self._last(x)
     within = self._supervision is not None and target is None
     rows = last.reshape(-1, self.channels)
     out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale, self.value_scale, self.norm, self.alpha,
                                      self._supervision.target if within else target)
-    if within: self._supervision.add(self, loss)
     out = x if self.alpha == 0 else _like(out, last, x)
+    if within:
+        if loss.requires_grad: out, loss = _Together.apply(out, loss)
+        self._supervision.add(self, loss)
     return out if target is None else (out, loss)
 
 # %% ../nbs/04_layer.ipynb #d546e6ff
@@ -156,7 +181,8 @@ class FoldedKDLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # B x C x H x W or B x N x C; features like `x`
         "Add the embedding of what matched; in tiles where they are faster (@eq-rule), and nobody asks for a graph."
-        last = x.movedim(1, -1) if x.ndim == 4 else x
+        if isinstance(x, fx.Proxy): return _node(self, x)
+        last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
         u, weight, bias, V = unit(last), precise(self.weight), precise(self.bias), precise(self.semantics)
         graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad)
         if graph or not _in_tiles(last[..., 0].numel(), *weight.T.shape, False, x.is_cuda):
@@ -173,12 +199,32 @@ def fold(self: KDLayer) -> nn.Module: # a `FoldedKDLayer`, or an identity where 
     return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates), self.norm.bias - gain * self.norm.running_mean,
                          self.alpha * self.value_scale * unit(self.semantics))
 
+# %% ../nbs/04_layer.ipynb #3723fe81
+@torch.no_grad()
+def _keep_what_came_out(m: nn.Module): # parametrised; `remove_parametrizations` would change the class, which the original shares
+    computed = {name: getattr(m, name).clone() for name in m.parametrizations}
+    m.__class__ = parametrize.type_before_parametrizations(m)
+    del m.parametrizations
+    for name, value in computed.items(): m.register_parameter(name, nn.Parameter(value))
+
+def _with_plain_weights(model: nn.Module) -> nn.Module: # a copy in eval mode
+    computed = {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values()
+                if isinstance(v, Tensor) and not v.is_leaf}  # which `deepcopy` refuses
+    model = copy.deepcopy(model, computed).eval()
+    for m in list(model.modules()):
+        if parametrize.is_parametrized(m): _keep_what_came_out(m)
+        for key, hook in list(m._forward_pre_hooks.items()):
+            if isinstance(hook, (prune.BasePruningMethod, WeightNorm, SpectralNorm)):
+                hook.remove(m); del m._forward_pre_hooks[key]
+    return model
+
 # %% ../nbs/04_layer.ipynb #2a680639
 def folded(model: nn.Module # any network, with KD layers anywhere in it
           ) -> nn.Module:   # a copy in eval mode, each KD layer in its inference form
     "What to ship: a copy of a network without anything that only training needs."
-    model = copy.deepcopy(model).eval()
+    model = _with_plain_weights(model)
+    if isinstance(model, KDLayer): return model.fold()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, KDLayer): setattr(parent, name, child.fold())
     return model

@@ -89,18 +89,19 @@ class Progress:
     def __init__(self, title: str, training, quiet: bool = False): # what is running; a `Training` to follow; say nothing
         self.title, self.training, self.quiet, self.start, self.done = title, training, quiet, time.time(), 0
         self.first, self.total = training.epoch * training.steps + training.meter.step, training.epochs * training.steps
-        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit='step', mininterval=.5,
+        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit=' steps', mininterval=.5,
                         disable=quiet or not interactive(), file=sys.stderr,
-                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}')
+                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left, {rate_noinv_fmt}{postfix}')
 
     def step(self): self.bar.update(); self.done += 1
 
     def epoch(self, row: dict): # the epoch's line of the history
+        number, seconds = f'epoch {row["epoch"]}/{self.training.epochs}', time.time() - self.start
         text = f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %' + (f', top-1 {row["top1"]:.1f} %' if 'top1' in row else '')
-        self.bar.set_postfix_str(text)
-        left = (time.time() - self.start) / max(self.done, 1) * (self.total - self.first - self.done)
+        self.bar.set_postfix_str(f'{number}, {text}')
+        left = seconds / max(self.done, 1) * (self.total - self.first - self.done)
         if self.bar.disable and not self.quiet:
-            print(f'{self.title}: epoch {row["epoch"]}/{self.training.epochs}, {text}, {_clock(left)} left', flush=True)
+            print(f'{self.title}: {number}, {text}, {self.done / max(seconds, 1e-3):.3g} steps/s, {_clock(left)} left', flush=True)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()

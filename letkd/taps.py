@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # %% ../nbs/05_taps.ipynb #1c033915
 def _split(tap: str):
@@ -62,7 +62,7 @@ def _describe(value):
     return type(value).__name__
 
 def _one_tensor(value, place):
-    if isinstance(value, Tensor): return value
+    if isinstance(value, (Tensor, fx.Proxy)): return value  # a placeholder, where torch.fx writes down the network
     raise TypeError(f'{place} should be one tensor, found {_describe(value)}; '
                     'use a module that takes or gives one tensor: a child of this one, or the next')
 
