@@ -22,10 +22,11 @@ from safetensors.torch import save
 # %% ../nbs/21_experiments.ipynb #21a00010
 import letkd
 from .checkpoints import locked, write_text
-from .data.batches import PADDINGS, Augment, Batches
+from .data.batches import PADDINGS, Augment, Batches, Images
 from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
 from .data.files import atomic, read_json, read_tensors
+from .data.folders import folder, folder_batches, folder_identity
 from .data.imagenet import PhotoBatches, Photos, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
 from .distiller import Distiller
@@ -37,7 +38,7 @@ from .models import create_model
 from .models.folding import channels_last, fold_teacher
 from .models.pairs import pair_taps
 from .processes import agreed, processes, rank
-from .taps import insert, resolve
+from .taps import capture, grid_of, insert, resolve
 from .training import SCHEDULES, Training, conditions, train
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
@@ -50,6 +51,7 @@ class DataSet:
     batches: Callable = Batches  # (images, batch size, augment, ...) -> batches
     students: dict = field(default_factory=dict) # {student: {field: value}}, whatever the method
     pairs: dict = field(default_factory=dict) # {'teacher-student': {method: {option: value}}}, for that method alone
+    identity: Optional[Callable] = None # path -> text that tells its data apart; None: the set has one place, and no setting `data`
 
 def _digit_pairs(e, split: str):
     size, preset = (e.train_size if split == 'train' else None), 'paper' if e.dataset.endswith('paper') else 'demo'
@@ -63,6 +65,9 @@ def _published(load: Callable, *settings: str) -> Callable: # a reader that can 
         chosen = {name: getattr(e, name) for name in settings if getattr(e, name)}
         return load(split, e.train_size if split == 'train' else None, held_out=50 if e.eval_split == 'valid' else 0, **chosen)
     return read
+
+def _folder(e, split: str):
+    return folder(split, e.data, e.train_size if split == 'train' else None, e.resolution, held_out=.2 if e.eval_split == 'valid' else 0.)
 
 def _tiny(e, split: str): return tiny_imagenet(split, e.train_size if split == 'train' else None)
 
@@ -94,6 +99,7 @@ DATASETS = {
     'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
                         batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches,
                         pairs=_DKD_PHOTOS),
+    'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True), folder_batches, _MOBILE, identity=folder_identity),
 }
 
 # %% ../nbs/21_experiments.ipynb #4eba354d
@@ -132,6 +138,7 @@ class Experiment:
     amp: bool = False              # bfloat16 on CUDA
     compile: bool = False          # the teacher, by `torch.compile`
     sync_bn: bool = False          # batch normalisation over all processes, on CUDA
+    data: Optional[str] = None     # path, of the data set 'folder'
     train_size: Optional[int] = None # the first so many training images; None: all
     resolution: Optional[int] = None # pixels; None: the data set's own
     difficulty: float = 1.         # of DigitPairs
@@ -208,9 +215,15 @@ def _check_normalisation(e: Experiment):
 def _network(name: str) -> nn.Module: # without weights: an unknown network or tap is refused here, not after an hour of training the teacher
     with torch.device('meta'): return create_model(name, 2)
 
+def _check_data(e: Experiment):
+    if DATASETS[e.dataset].identity:
+        if not e.data: raise ValueError(f'data: found {e.data!r}; expected the path of the data for {e.dataset}, as in --set data=photos')
+    elif e.data is not None: raise ValueError(f'data: found {e.data!r:.80}; expected None, {e.dataset} has a place of its own; did you mean folder/…?')
+
 def _check(e: Experiment):
     _check_fields(e)
     if e.dataset not in DATASETS: raise nearest('data set', e.dataset, DATASETS)
+    _check_data(e)
     if e.padding != 'reflect' and not getattr(DATASETS[e.dataset].augment, 'pad', 0) != 0:
         raise ValueError(f'padding: found {e.padding!r}; the images of {e.dataset} are not padded')
     networks = [_network(network) for network in filter(None, (e.student, e.teacher))]
@@ -259,8 +272,13 @@ def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd
     return dict(values, options=options)
 
 # %% ../nbs/21_experiments.ipynb #933faafa
+_FIELD_NAMES = [f.name for f in fields(Experiment)]
+_TEXTS = [f.name for f in fields(Experiment) if f.type in (str, Optional[str])] # whatever they look like
+
 def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of taps, and `options`
     entry, own = DATASETS[dataset], DATASETS[dataset].pairs.get(f'{teacher}-{student}', {})
+    for key in entry.recipe:
+        if key not in _FIELD_NAMES: raise nearest(f'recipe of {dataset}', key, _FIELD_NAMES)
     options = [entry.recipe.get('options', {}), *(own.get(part, {}) for part in method.split('+'))]
     try: taps = pair_taps(student, teacher) if teacher else {}
     except ValueError: taps = {}  # networks of others: the user gives the taps
@@ -269,7 +287,7 @@ def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of t
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
-    if isinstance(text, str) and not isinstance(default, str) and key != 'teacher_checkpoint':  # of any name
+    if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS or text == 'None'):
         try: value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
@@ -278,13 +296,17 @@ def _read(key: str, text, default): # a string from the command line, or a value
     return value
 
 # %% ../nbs/21_experiments.ipynb #aec20c0d
-_DATA = ('train_size', 'resolution', 'difficulty', 'eval_split')  # what makes the training images
+_DATA = ('data', 'train_size', 'resolution', 'difficulty', 'eval_split')  # what makes the training images
 _SHARED = (*_DATA, 'augment', 'amp', 'sync_bn')                   # settings that teacher and student share
 
 @patch
 def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `Images`, on the CPU
     "A split of the data set, as this experiment wants it."
-    return DATASETS[self.dataset].load(self, split)
+    entry = DATASETS[self.dataset]
+    images = entry.load(self, split)
+    if entry.batches is Batches and not isinstance(images, Images):
+        raise TypeError(f'{self.dataset}: its load returned {type(images).__name__}; expected letkd.data.batches.Images, of pixels and labels')
+    return images
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
@@ -300,7 +322,11 @@ def changed(self: Experiment) -> dict: # {setting: value} of everything that is 
 
 @patch(as_prop=True)
 def folder(self: Experiment) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
-    return f'{self.name}/seed{self.seed}' + (f'-{digest(self.changed)[:8]}' if self.changed else '')
+    told = self.changed | _identity(self)
+    return f'{self.name}/seed{self.seed}' + (f'-{digest(told)[:8]}' if told else '')
+
+def _identity(e: Experiment) -> dict: # what stands for the path of its data
+    return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
 
 # %% ../nbs/21_experiments.ipynb #193d6386
 def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digits
@@ -427,6 +453,7 @@ def prepare(e: Experiment,                # what to run
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
+    if addends(e.method): _check_rows(e, images)
     batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
     torch.manual_seed(e.seed)
@@ -443,6 +470,22 @@ def prepare(e: Experiment,                # what to run
 def _augment(e: Experiment): # for `DataSet.batches`
     augment = DATASETS[e.dataset].augment if e.augment else None
     return replace(augment, mode=e.padding) if e.padding != 'reflect' and augment else augment
+
+def _check_classes(e: Experiment, known, unseen): # images to train on and to evaluate on
+    if known.classes != unseen.classes:
+        raise ValueError(f'{e.dataset}: found {len(known.classes)} classes to train on, {known.classes[:4]}, and {len(unseen.classes)} in '
+                         f'{e.eval_split}, {unseen.classes[:4]}; expected the same')
+
+def _check_rows(e: Experiment, images):
+    "Are there as many positions as prototypes? Asked before a teacher is trained for them; networks of others may not run without weights."
+    wanted, model = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0), _network(e.student).eval()
+    try:
+        with torch.no_grad(), capture(model, e.penultimate[:1]) as maps: model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
+        height, width = grid_of(maps[e.penultimate[0]])
+    except Exception: return
+    if (found := len(images) * height * width) < wanted:
+        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of {height} x {width} positions in {e.student}; '
+                         f'expected at least num_prototypes = {wanted}')
 
 def _check_last(e: Experiment, count: int): # training images
     "Can the last batch of an epoch be trained on?"
@@ -468,6 +511,7 @@ def run(e: Experiment,                # what to run
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
         images = e.load(e.eval_split)
+        _check_classes(e, plain.images, images)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
             if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
@@ -549,7 +593,7 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
     "How `create_terms` fits a supervision: from the cache where it can."
     def fit(supervision, rows):
         settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float)) and not k.startswith('_') and k != 'training'}
-        data = {key: getattr(e, key) for key in ('dataset', *_DATA)}
+        data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
         key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
