@@ -19,7 +19,8 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import evaluating, capture, compiled_capture, grid_of, insert, replace, resolve, rows, stream
+from .taps import (Layout, as_maps, capture, compiled_capture, evaluating, find_layout, grid_of, insert, replace,
+                        resolve, rows, stream)
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -34,7 +35,7 @@ class Batch:
 class Maps:
     "What the two networks said about a batch."
     teacher_logits: Optional[Tensor] = None                # B x Y
-    teacher: dict[str, Tensor] = field(default_factory=dict) # tap: map
+    teacher: dict[str, Tensor] = field(default_factory=dict) # tap: map B x C x H x W, see `letkd.taps.as_maps`
     student_logits: Optional[Tensor] = None                # B x Y
     student: dict[str, Tensor] = field(default_factory=dict) # tap: map
     losses: dict[str, Tensor] = field(default_factory=dict)  # tap: loss of the KD layer that stands there
@@ -72,7 +73,7 @@ class Distiller(nn.Module):
         self.student, self.terms = student, nn.ModuleList(terms)
         self.__dict__['teacher'] = None if teacher is None else teacher.eval()
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
-        self.compiled = None
+        self.compiled, self.layouts = None, dict(student={}, teacher={})  # what `as_maps` has found
         _check(self)
         self.inserted = [replace(student, path, module) for t in self.terms for path, module in t.replaces.items()]
         self.inserted += [insert(student, tap, layer) for tap, layer in self.layers.items()]
@@ -114,12 +115,15 @@ def forward(self: Distiller,
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
         maps.student_logits = self.student(images)
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
+    maps.student = as_maps(self.student, maps.student, images, self.layouts['student'])
     return maps.student_logits, {term.name: term.weight * term(maps, batch) for term in self.terms}
 
 # %% ../nbs/08_distiller.ipynb #847fdf9c
 @patch
 def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
-    if self.needs_teacher: maps.teacher_logits, maps.teacher = self._teacher(batch)
+    if self.needs_teacher:
+        maps.teacher_logits, found = self._teacher(batch)
+        maps.teacher = as_maps(self.teacher, found, batch.images, self.layouts['teacher'])
     return {tap: target for term in self.terms for tap, target in term.targets(maps, batch).items()}
 
 @patch
@@ -242,14 +246,37 @@ class Setup:
     intermediate: tuple = ('layer3.0', 'layer3.0') # the same, after the first block of the last stage
     fit: Callable = lambda supervision, rows: supervision.fit(rows) # how to fit a supervision on a stream of rows, from a cache say
 
+# %% ../nbs/08_distiller.ipynb #62602546
+def _shown(model: nn.Module, tap: str, images: Tensor) -> Tensor: # what passed the tap
+    "Run a network in eval mode, and say so where it takes no such images."
+    try:
+        with evaluating(model), capture(model, tap) as maps: model(images)
+        return maps[tap]
+    except Exception as found:
+        try:
+            with evaluating(model): model(images)
+        except Exception as error:
+            size = ' x '.join(map(str, images.shape[1:]))
+            raise ValueError(f'{type(model).__name__} does not take images of {size}: {error}. Create the network for '
+                             'this size, such as image_size=32 or img_size=32, or resize the images') from error
+        raise found
+
 # %% ../nbs/08_distiller.ipynb #4067f49c
 @patch
-def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
-    "Found by showing two images to a network in eval mode."
+def place(self: Setup, side: str, tap: str) -> tuple: # (the tap with its layout, channels, (h, w)); of 'student' or 'teacher'
+    "Found by showing two images to a network in eval mode; a layout B x C x H x W is not named."
     model, images = getattr(self, side), next(iter(self.batches))[0][:2]
-    with evaluating(model), capture(model, [tap]) as maps: model(images)
-    try: return rows(maps[tap]).shape[1], grid_of(maps[tap])
-    except ValueError as error: raise ValueError(f"{side}'s tap {tap!r}: {error}") from None
+    try:
+        x = _shown(model, tap, images)
+        if '@' not in tap:
+            layout = find_layout(model, tap, x, images)
+            if layout != Layout(): tap, x = f'{tap}@{layout}', layout.to_map(x)
+        return tap, rows(x).shape[1], grid_of(x)
+    except ValueError as error: raise ValueError(f'{side}: {error}') from error
+
+@patch
+def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
+    return self.place(side, tap)[1:]
 
 @patch
 def layer(self: Setup,
@@ -259,9 +286,9 @@ def layer(self: Setup,
           alpha: float,             # weight of the embedding
          ) -> SupervisedLayer:
     "Fit a supervision at a pair of taps and build the layer that it teaches."
-    (channels, grid), _ = self.shape('student', taps[0]), self.shape('teacher', taps[1])
-    supervision = self.fit(supervision, stream(self.teacher, taps[1], self.batches, grid))
-    return SupervisedLayer(name, *taps, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
+    (ours, channels, grid), (theirs, *_) = self.place('student', taps[0]), self.place('teacher', taps[1])
+    supervision = self.fit(supervision, stream(self.teacher, theirs, self.batches, grid))
+    return SupervisedLayer(name, ours, theirs, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
 
 # %% ../nbs/08_distiller.ipynb #46fa520e
 def kernel_tap(model: nn.Module # the teacher
@@ -329,8 +356,8 @@ def layer(setup: Setup,                  # what it is built for
           alpha_penultimate: float = 1., # weight of the embedding
          ) -> list:                      # of terms
     "A KD layer at the penultimate map, without supervision."
-    tap = setup.penultimate[0]
-    return [FreeLayer(tap, KDLayer(setup.shape('student', tap)[0], num_templates, alpha_penultimate))]
+    tap, channels, _ = setup.place('student', setup.penultimate[0])
+    return [FreeLayer(tap, KDLayer(channels, num_templates, alpha_penultimate))]
 
 # %% ../nbs/08_distiller.ipynb #4a8f78a1
 def kd(setup: Setup,            # what it is built for

@@ -31,7 +31,7 @@ def before_relu(model: nn.Module, # any network
                ) -> str:          # the input of the ReLU in which the stage ends; `tap` itself where its map has negative values
     "The tap of a stage's values before its ReLU."
     names = [name for name, m in resolve(model, tap).named_modules() if isinstance(m, (nn.ReLU, nn.ReLU6))] # ':input': none is met
-    last = '.'.join(filter(None, (tap, names[-1]))) if names and ':' not in tap else tap
+    last = '.'.join(filter(None, (tap, names[-1]))) if names and not {*':@'} & {*tap} else tap
     with evaluating(model), capture(model, [tap, last]) as maps: model(images)
     if (maps[tap] < 0).any(): return tap
     if last != tap and maps[last].equal(maps[tap]): return f'{last}:input'

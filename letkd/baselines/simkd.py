@@ -67,10 +67,10 @@ def simkd(setup: Setup,            # what it is built for
           simkd_weight: float = 1., # factor in the total loss
          ) -> list:                # of terms
     "The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the paper [@chen2022simkd]."
-    images, (s, t) = next(iter(setup.batches))[0][:2], setup.penultimate
+    images = next(iter(setup.batches))[0][:2]
+    (s, c_s, grid_s), (t, c_t, grid_t) = map(setup.place, ('student', 'teacher'), setup.penultimate)
     ours, theirs = mean_classifier(setup.student, s, images), mean_classifier(setup.teacher, t, images)
     reused = copy.deepcopy(resolve(setup.teacher, theirs)).requires_grad_(False)
     found, expected = resolve(setup.student, ours).out_features, reused.out_features
     if found != expected: raise ValueError(f'simkd: found {found} classes in the student; the teacher has {expected}')
-    (c_s, grid_s), (c_t, grid_t) = setup.shape('student', s), setup.shape('teacher', t)
     return [ReusedClassifier(s, t, Projector(c_s, c_t, grid_s, grid_t), {ours: reused}, simkd_weight)]
