@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['resolve', 'Layout', 'capture', 'compiled_capture', 'Inserted', 'Placed', 'insert', 'Replaced', 'replace', 'grid_of',
-           'rows', 'evaluating', 'find_layout', 'as_maps', 'stream']
+           'rows', 'evaluating', 'find_layout', 'as_maps', 'unpack', 'logits_of', 'stream']
 
 # %% ../nbs/05_taps.ipynb #2394fcd7
 import difflib, math, re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,11 +28,23 @@ def _split(tap: str):
 # %% ../nbs/05_taps.ipynb #8d912475
 def _is_called(module):
     "False for ModuleList, ModuleDict and whatever else has no `forward`."
+    if isinstance(module, torch.jit.ScriptModule): return True
     return 'forward' in vars(module) or type(module).forward is not nn.Module.forward
 
 def _names(names, most=4):
     names = [repr(name) for name in names]
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+# %% ../nbs/05_taps.ipynb #5c1e0a01
+def _is_exported(model): return isinstance(model, torch.fx.GraphModule) and 'eval' in vars(model)  # it refuses `eval()`
+
+def _closed(model):
+    "Why the maps of a network cannot be reached; empty where they can."
+    if isinstance(model, torch.jit.ScriptModule): return 'was scripted or traced, which runs past every hook'
+    if _is_exported(model): return 'was exported, which leaves no modules in it'
+    if isinstance(getattr(model, '_orig_mod', None), nn.Module):
+        return 'was compiled, and a compiler runs past hooks that come later; here is the network itself: model._orig_mod'
+    return '' if any(True for _ in model.children()) else 'has no modules in it'
 
 # %% ../nbs/05_taps.ipynb #530e042d
 def resolve(
@@ -41,6 +53,7 @@ def resolve(
 ) -> nn.Module:       # the module at that path
     "The module that a tap names."
     path, at_input = _split(tap)
+    if path and (why := _closed(model)): raise ValueError(f'tap {tap!r}: {type(model).__name__} {why}')
     try: module = model.get_submodule(path)
     except AttributeError:
         known = [name for name, m in model.named_modules() if name and _is_called(m)]
@@ -208,6 +221,24 @@ def _is_sequential(module):
     "Does it execute its children one after the other, and nothing else?"
     return 'forward' not in vars(module) and type(module).forward is nn.Sequential.forward
 
+_LISTS = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
+
+def _words(kind, code, seen):
+    "Add the names that a method uses, and what the methods of its class use that it names."
+    for name in set(code.co_names) - seen:
+        seen.add(name)
+        method = None if hasattr(nn.Module, name) else getattr(getattr(kind, name, None), '__code__', None)
+        if method: _words(kind, method, seen)
+    for inner in code.co_consts:
+        if hasattr(inner, 'co_names'): _words(kind, inner, seen)
+    return seen
+
+def _lists_children(module):
+    "Could its `forward` run every child that it finds?"
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)): return True
+    forwards = [vars(k).get('forward') for k in (module, *type(module).__mro__) if k not in (nn.Module, object)]
+    return any(_LISTS & _words(type(module), f.__code__, set()) for f in forwards if hasattr(f, '__code__'))
+
 def _step_aside(module, args):
     for name in (_OUTPUT, _INPUT):
         if name in module._modules: vars(module)[f'_{name}'] = module._modules.pop(name)
@@ -222,7 +253,7 @@ def _attach(module, name):
     if _is_sequential(module): return []
     hooks = []
     if name == _INPUT: hooks.append(module.register_forward_pre_hook(_before, prepend=True))
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if _lists_children(module):
         hooks.append(module.register_forward_pre_hook(_step_aside))
         hooks.append(module.register_forward_hook(_step_back, always_call=True))
     if name == _OUTPUT: hooks.append(module.register_forward_hook(_after))
@@ -437,6 +468,88 @@ def as_maps(
         maps[tap] = x
     return maps
 
+# %% ../nbs/05_taps.ipynb #5c1e0b02
+_KEYS = dict(images=('images', 'image', 'pixel_values', 'img', 'inputs', 'input', 'x'), labels=('labels', 'label', 'targets', 'target', 'y'),
+             index=('index', 'indices', 'idx'))
+
+def _entry(batch, part):
+    "The images, labels or index of a dictionary."
+    found = [key for key in _KEYS[part] if key in batch]
+    if len(found) == 1: return batch[found[0]]
+    if part == 'index' and not found: return None
+    raise ValueError(f'batch: found {_describe(batch)}; expected one entry for the {part}, under one of {_names(_KEYS[part], 9)}; '
+                     'or pass the pair (images, labels)')
+
+def _as_tensor(x, part):
+    if isinstance(x, Tensor): return x
+    try: return torch.stack(list(x)) if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], Tensor) else torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f'{part}: found {_describe(x)}; expected a tensor, an array, or a list of numbers or of tensors of one shape ({e})') from None
+
+# %% ../nbs/05_taps.ipynb #5c1e0b03
+def _as_labels(y, look):
+    "Labels as B class numbers in int64, or as B x Y shares."
+    whole = not (y.is_floating_point() or y.is_complex())
+    if whole and y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
+    if whole and y.ndim == 1: return y.long()
+    if y.is_complex() or y.ndim != 2 or y.shape[1] == 1:
+        raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, or B x Y shares of the classes')
+    if (whole or look or y.device.type == 'cpu') and not (((y >= 0) & (y <= 1)).all() and (y.sum(1) - 1).abs().max() < 1e-2):
+        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected numbers from 0 to 1 that sum to 1 in each row. '
+                         'Is it more than one class for each image?')
+    return y.to(torch.uint8).argmax(1) if whole else y
+
+def _as_index(x, count):
+    "Places in a data set, or None if a third item is something else."
+    try: x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError): return None
+    if x.shape != (count,) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool: return None
+    return x.long()
+
+# %% ../nbs/05_taps.ipynb #5c1e0b04
+def unpack(
+    batch,              # (images, labels), (images, labels, index), more behind; or a dictionary of them
+    look: bool = False  # look at the shares of classes on an accelerator too
+) -> tuple:             # images; labels, B in int64 or B x Y shares; index, B in int64, or None
+    "What is in a batch, whatever holds it."
+    if isinstance(batch, Mapping): images, labels, index = (_entry(batch, part) for part in _KEYS)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1: images, labels, index = [*batch, None][:3]
+    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, labels, index) or a dictionary of them')
+    images, labels = _as_tensor(images, 'images'), _as_tensor(labels, 'labels')
+    if images.ndim < 2 or not len(images): raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x 3 x H x W')
+    if not labels.ndim or len(labels) != len(images):
+        raise ValueError(f'batch: found {len(images)} images and {len(labels) if labels.ndim else 1} labels; expected one for each')
+    return images, _as_labels(labels, look), None if index is None else _as_index(index, len(images))
+
+# %% ../nbs/05_taps.ipynb #5c1e0b08
+def logits_of(
+    out,                       # what a network has returned
+    whose: str = 'network',    # for the error
+    output: Callable | None = None # finds the logits in what is no tensor; None: where they are known to be
+) -> Tensor:                   # B x Y
+    "The logits in what a network returns."
+    if isinstance(out, Tensor): return out
+    if output is not None: found = output(out)
+    elif isinstance(out, Mapping): found = out.get('logits', next(iter(out.values())) if len(out) == 1 else None)
+    elif hasattr(out, 'logits'): found = out.logits
+    elif isinstance(out, (tuple, list)):
+        heads = [x for x in out if x is not None]
+        found = heads[0] if heads and all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape for x in heads) else None
+    else: found = None
+    if isinstance(found, Tensor): return found
+    raise TypeError(f"{whose}: found {_describe(out)} as its output{' and ' + _describe(found) + ' by output' if output else ''}; expected logits. "
+                    'Say where they are, as in output=lambda out: out[1]')
+
+# %% ../nbs/05_taps.ipynb #5c1e0c02
+def _one_class(labels):
+    "The class of each image."
+    if labels.ndim == 1: return labels
+    own = F.one_hot(labels.argmax(1), labels.shape[1]).bool()
+    rest = labels[~own].view(len(labels), -1)
+    if labels[own].min() > .5 and (rest.amax(1) - rest.amin(1)).max() < 1e-3: return labels.argmax(1)
+    raise ValueError('labels: found images that are mixed from several classes; expected one class for each. '
+                     'Supervisions are fitted on images as they are: pass a loader without mixup and CutMix')
+
 # %% ../nbs/05_taps.ipynb #5a54ca07
 @dataclass(frozen=True)
 class _Stream:
@@ -447,12 +560,12 @@ class _Stream:
     layouts: dict = field(default_factory=dict)
 
     def __iter__(self):
-        for batch in self.batches: yield self._rows(*batch[:2])
+        for batch in self.batches: yield self._rows(*unpack(batch, look=True)[:2])
 
     def __len__(self): return len(self.batches)
 
     def _rows(self, images, labels):
-        if len(labels) != len(images): raise ValueError(f'a batch has {len(images)} images and {len(labels)} labels')
+        labels = _one_class(labels)
         with evaluating(self.model) as model, capture(model, self.tap) as maps: model(images)
         maps = as_maps(self.model, maps, images, self.layouts)
         r = rows(maps[self.tap], self.grid)
