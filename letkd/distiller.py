@@ -257,8 +257,8 @@ def _shown(model: nn.Module, tap: str, images: Tensor) -> Tensor: # what passed 
             with evaluating(model): model(images)
         except Exception as error:
             size = ' x '.join(map(str, images.shape[1:]))
-            raise ValueError(f'{type(model).__name__} does not take images of {size}: {error}. Create the network for '
-                             'this size, such as image_size=32 or img_size=32, or resize the images') from error
+            raise ValueError(f'network, a {type(model).__name__}, does not take images of {size}: {error}. Create it for '
+                             'this size, such as with image_size=32 or img_size=32, or resize the images') from error
         raise found
 
 # %% ../nbs/08_distiller.ipynb #4067f49c
@@ -272,7 +272,7 @@ def place(self: Setup, side: str, tap: str) -> tuple: # (the tap with its layout
             layout = find_layout(model, tap, x, images)
             if layout != Layout(): tap, x = f'{tap}@{layout}', layout.to_map(x)
         return tap, rows(x).shape[1], grid_of(x)
-    except ValueError as error: raise ValueError(f'{side}: {error}') from error
+    except ValueError as error: raise ValueError(f"{side}'s {error}") from error
 
 @patch
 def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'

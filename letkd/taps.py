@@ -170,7 +170,8 @@ def _watch(module, tap, keep):
     layout = _layout(tap)
     def see(x):
         x = _one_tensor(x, f'what passes tap {tap!r}')
-        keep(tap, x if layout is None else layout.to_map(x))
+        try: keep(tap, x if layout is None else layout.to_map(x))
+        except ValueError as error: raise ValueError(f'tap {tap!r}: {error}') from None
     if not _split(tap)[1]: return module.register_forward_hook(lambda module, args, output: see(output))
     return module.register_forward_pre_hook(lambda module, args: see(args[0] if args else None), prepend=True)
 

@@ -114,3 +114,44 @@ def test_teaches_a_cnn(name, method, batch):
     torch.manual_seed(2)
     make, near, last, *_ = FAMILIES[name]
     one_step(method, cnn(), make(), batch, (('layer2', near), ('layer3', last)))
+
+
+VITS = {'vit_tiny_patch16_224': 1, 'deit_tiny_distilled_patch16_224': 2, 'vit_medium_patch16_reg4_gap_256': 4}  # tokens before the patches
+
+
+@pytest.mark.parametrize('name', VITS)
+def test_each_patch_stands_at_its_place(name):
+    "Without position embeddings and blocks, the tokens are the patches that the network's convolution made, a map B x C x H x W."
+    vit = timm(name, img_size=(H, W), patch_size=8, depth=1, embed_dim=48, num_heads=2)()
+    vit.pos_embed.data.zero_()
+    images = torch.randn(2, 3, H, W)
+    with evaluating(vit), capture(vit, ['patch_embed.proj', 'blocks:input', 'blocks:input@raw']) as found: vit(images)
+    maps = as_maps(vit, found, images)
+    assert found['blocks:input'].shape[1] == VITS[name] + 8 * 4
+    assert torch.equal(maps['blocks:input'], maps['patch_embed.proj'])
+    assert maps['blocks:input@raw'] is found['blocks:input@raw']
+
+
+def test_a_layer_leaves_the_tokens_before_the_patches(batch):
+    vit = timm('deit_tiny_distilled_patch16_224', img_size=(H, W), patch_size=8, depth=1)()
+    terms = create_terms('letkd1', vit, cnn(), [batch], penultimate=('blocks.0', 'layer3'), num_prototypes=4)
+    term, layer = terms[1], terms[1].layers['blocks.0@2+8x4']
+    distiller = Distiller(vit, cnn(), terms).eval()
+    with torch.no_grad(), capture(vit, ['blocks.0.kd_layer:input', 'blocks.0']) as maps: distiller(*batch)
+    before, after = maps['blocks.0.kd_layer:input'], maps['blocks.0']
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert torch.equal(after[:, 2:], layer(before[:, 2:]))
+    assert distiller.targets(*batch)[term.student_tap].shape == (6 * 8 * 4, 4)
+
+
+def test_says_which_size_a_network_takes(batch):
+    vit = tv.VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=CLASSES)
+    with pytest.raises(ValueError, match=f"student's network, a VisionTransformer, does not take images of 3 x {H} x {W}: Wrong image height"):
+        create_terms('letkd1', vit, cnn(), [batch], penultimate=('encoder.ln', 'layer3'), num_prototypes=4)
+
+
+def test_a_layout_may_be_named(batch):
+    vit = timm('vit_tiny_patch16_224', img_size=(H, W), patch_size=8, depth=1)()
+    at = lambda tap: create_terms('letkd1', vit, cnn(), [batch], penultimate=(tap, 'layer3'), num_prototypes=4)[1].student_tap
+    assert at('norm') == at('norm@1+8x4') == 'norm@1+8x4'
+    with pytest.raises(ValueError, match="student's tap 'norm@BHWC': layout BHWC: found a tensor 2 x 33 x 192; expected four dimensions"): at('norm@BHWC')
