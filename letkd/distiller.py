@@ -21,7 +21,7 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import _is_exported, evaluating, capture, compiled_capture, grid_of, insert, logits_of, replace, resolve, rows, stream, unpack
+from .taps import is_exported, evaluating, capture, compiled_capture, grid_of, insert, logits_of, replace, resolve, rows, stream, unpack
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -232,8 +232,8 @@ def _settle(d: Distiller):
     "The teacher in eval mode, whatever another module that holds it has done to it."
     teacher, modules = d.known
     if teacher is not d.teacher:  # the first time, or it was folded
-        if _is_exported(d.teacher): _check_exported(d.teacher)
-        d.known = teacher, modules = d.teacher, [] if _is_exported(d.teacher) else list(d.teacher.modules())
+        if is_exported(d.teacher): _check_exported(d.teacher)
+        d.known = teacher, modules = d.teacher, [] if is_exported(d.teacher) else list(d.teacher.modules())
     if True in [m.training for m in modules]: teacher.eval()
 
 def _check_exported(model: nn.Module):
