@@ -12,6 +12,7 @@ from letkd.methods import create_terms, method_options
 from letkd.models import create_model
 from letkd.taps import as_maps, capture, evaluating
 
+pytestmark = pytest.mark.filterwarnings('error:.*does not reach the logits')
 H, W, CLASSES = 64, 32, 3  # images are not square, so that a transposed or guessed grid is seen
 
 
@@ -41,10 +42,10 @@ FAMILIES = {
     'torchvision/convnext': (tv_convnext, 'features.1', 'features.3', 4, 8, '', ''),
     'torchvision/swin': (tv_swin, 'features.1', 'norm', 4, 8, '@BHWC', '@BHWC'),
     'timm/resnet18': (timm('resnet18'), 'layer3.0', 'layer3', 16, 16, '', ''),
-    'timm/vit_tiny': (timm('vit_tiny_patch16_224', img_size=(H, W), patch_size=8, depth=2), 'blocks.0', 'norm', 8, 8,
+    'timm/vit_tiny': (timm('vit_tiny_patch16_224', img_size=(H, W), patch_size=8, depth=3), 'blocks.0', 'blocks.1', 8, 8,
                       '@1+8x4', '@1+8x4'),
-    'timm/deit_tiny_distilled': (timm('deit_tiny_distilled_patch16_224', img_size=(H, W), patch_size=8, depth=2), 'blocks', 'norm',
-                                 8, 8, '@2+8x4', '@2+8x4'),
+    'timm/deit_tiny_distilled': (timm('deit_tiny_distilled_patch16_224', img_size=(H, W), patch_size=8, depth=2), 'blocks:input',
+                                 'blocks.0', 8, 8, '@2+8x4', '@2+8x4'),
     'timm/swin_tiny': (timm('swin_tiny_patch4_window7_224', img_size=(H, W), depths=(1, 1), embed_dim=24, num_heads=(1, 2)),
                        'layers.0', 'norm', 4, 8, '@BHWC', '@BHWC'),
     'timm/convnext_atto': (timm('convnext_atto'), 'stages.1', 'stages.2', 8, 16, '', ''),
@@ -133,7 +134,7 @@ def test_each_patch_stands_at_its_place(name):
 
 
 def test_a_layer_leaves_the_tokens_before_the_patches(batch):
-    vit = timm('deit_tiny_distilled_patch16_224', img_size=(H, W), patch_size=8, depth=1)()
+    vit = timm('deit_tiny_distilled_patch16_224', img_size=(H, W), patch_size=8, depth=2)()
     terms = create_terms('letkd1', vit, cnn(), [batch], penultimate=('blocks.0', 'layer3'), num_prototypes=4)
     term, layer = terms[1], terms[1].layers['blocks.0@2+8x4']
     distiller = Distiller(vit, cnn(), terms).eval()
@@ -151,7 +152,7 @@ def test_says_which_size_a_network_takes(batch):
 
 
 def test_a_layout_may_be_named(batch):
-    vit = timm('vit_tiny_patch16_224', img_size=(H, W), patch_size=8, depth=1)()
+    vit = timm('vit_tiny_patch16_224', img_size=(H, W), patch_size=8, depth=2)()
     at = lambda tap: create_terms('letkd1', vit, cnn(), [batch], penultimate=(tap, 'layer3'), num_prototypes=4)[1].student_tap
-    assert at('norm') == at('norm@1+8x4') == 'norm@1+8x4'
-    with pytest.raises(ValueError, match="student's tap 'norm@BHWC': layout BHWC: found a tensor 2 x 33 x 192; expected four dimensions"): at('norm@BHWC')
+    assert at('blocks.0') == at('blocks.0@1+8x4') == 'blocks.0@1+8x4'
+    with pytest.raises(ValueError, match="student's tap 'blocks.0@BHWC': layout BHWC: found a tensor 2 x 33 x 192; expected four dimensions"): at('blocks.0@BHWC')

@@ -59,8 +59,10 @@ class ActivationBoundary(Term):
         super().__init__('ab', weight, *split_pairs(stages))
         self.connectors, self.alone, self.margin = nn.ModuleList(connectors), alone, margin
 
+    def silent(self, batch: Batch) -> bool: return is_over(self.alone, batch)
+
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        if is_over(self.alone, batch): return precise(maps.student_logits).new_zeros(())
+        if self.silent(batch): return precise(maps.student_logits).new_zeros(())
         loss = 0.
         for tap_s, tap_t, connect in zip(self.student_taps, self.teacher_taps, self.connectors):
             s, t = paired_rows(maps.student[tap_s], maps.teacher[tap_t])
@@ -75,7 +77,7 @@ def ab(setup: Setup,               # what it is built for
        ab_weight: float = 1.,      # as the KD literature's common script
       ) -> list:                   # of terms
     "Activation boundaries [@heo2019ab]; cross-entropy should start where `alone` ends."
-    images = next(iter(setup.batches))[0][:2]
+    images = setup.first[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
     taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(boundaries))]
     widths = [[setup.shape(name, tap)[0] for tap in side] for (name, _), side in zip(sides, taps)]
