@@ -83,10 +83,9 @@ class Distiller(nn.Module):
                 ):
         super().__init__()
         self.student, self.terms = student, nn.ModuleList(terms)
-        self.__dict__.update(teacher=as_module(teacher), known=(None, ()))
+        self.__dict__.update(teacher=as_module(teacher), known=(None, ()), layouts=dict(student={}, teacher={}))
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
         self.compiled, self.output, self.looked, self.frozen, self.inserted = None, output, False, set(), []
-        self.layouts = dict(student={}, teacher={})  # what `as_maps` has found
         raise_all('Distiller', _faults(self))
         try:
             for t in self.terms: self.inserted += [replace(student, path, module) for path, module in t.replaces.items()]
