@@ -317,7 +317,7 @@ def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a paramete
     own, found, layers, done = dict(d.student.named_modules()), [], set(d.layers.values()), []
     def begin(module, path):
         if not done and module not in layers: found.extend(f'{path}.{n}'.lstrip('.') for n, p in module.named_parameters(recurse=False) if p.requires_grad)
-    at, side = resolve(d.student, tap), tap.endswith(':input')
+    at, side = resolve(d.student, tap), ':input' in tap
     stop = at.register_forward_pre_hook(lambda m, args: done.append(1), prepend=True) if side else at.register_forward_hook(lambda m, args, out: done.append(1))
     handles = [stop, *(m.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)) for path, m in own.items())]
     try:
