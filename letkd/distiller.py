@@ -21,7 +21,7 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import is_exported, evaluating, capture, compiled_capture, grid_of, insert, logits_of, replace, resolve, rows, stream, unpack
+from .taps import is_exported, evaluating, capture, compiled_capture, grid_of, insert, largest, logits_of, replace, resolve, rows, stream, unpack
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -35,7 +35,7 @@ class Batch:
     @property
     def classes(self) -> Tensor: # B
         "One class for each image: where labels are shares, the largest."
-        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+        return largest(self.labels)
 
 @dataclass
 class Maps:

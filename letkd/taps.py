@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_exported', 'resolve', 'capture', 'compiled_capture', 'Inserted', 'insert', 'Replaced', 'replace', 'grid_of',
-           'rows', 'unpack', 'logits_of', 'evaluating', 'one_class', 'stream']
+           'rows', 'unpack', 'largest', 'logits_of', 'evaluating', 'one_class', 'stream']
 
 # %% ../nbs/05_taps.ipynb #2394fcd7
 import difflib, math
@@ -339,6 +339,13 @@ def unpack(
     if not labels.ndim or len(labels) != len(images):
         raise ValueError(f'batch: found {len(images)} images and {len(labels) if labels.ndim else 1} labels; expected one for each')
     return images, _as_labels(labels, look), None if index is None else _as_index(index, len(images))
+
+# %% ../nbs/05_taps.ipynb #5c1e0b10
+def largest(
+    labels: Tensor # B class numbers, or B x Y shares of the classes
+) -> Tensor:       # B class numbers
+    "One class for each image: where labels are shares, the one of the largest."
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 # %% ../nbs/05_taps.ipynb #5c1e0b08
 def logits_of(

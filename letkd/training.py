@@ -18,9 +18,9 @@ from fastcore.basics import patch
 
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
 from .distiller import Distiller
-from .meters import Meter, NonFiniteLoss, Progress, evaluate, one
+from .meters import Meter, NonFiniteLoss, Progress, evaluate
 from .processes import agreed, from_first, gathered, highest, processes, rank
-from .taps import unpack
+from .taps import largest, unpack
 
 # %% ../nbs/20_training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
@@ -155,7 +155,7 @@ def step(self: Training, images: torch.Tensor, labels: torch.Tensor, index: Opti
     with self.autocast: logits, losses = self.model(images, labels, index, progress)
     self.optimiser.zero_grad()
     sum(losses.values()).backward()
-    self.meter.add(losses, logits, one(labels))
+    self.meter.add(losses, logits, largest(labels))
     self.optimiser.step()
     self.schedule.step()
 
