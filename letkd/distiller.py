@@ -443,7 +443,9 @@ def first(self: Setup) -> tuple: # (images, labels, index or None)
 @patch
 def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher'
     "How many classes a network knows."
-    with evaluating(getattr(self, side)) as model: return logits_of(model(self.first[0][:2]), side, self.output).shape[1]
+    with evaluating(getattr(self, side)) as model:
+        images = self.first[0] if is_exported(model) else self.first[0][:2]  # a size may be fixed there
+        return logits_of(model(images), side, self.output).shape[1]
 
 # %% ../nbs/08_distiller.ipynb #4067f49c
 @patch

@@ -372,7 +372,7 @@ def evaluating(model): # any network
     "Eval mode, without gradients; every module gets its own mode back."
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad(): yield model if is_exported(model) else model.eval()
     finally:
         for module, mode in modes: module.training = mode
 
