@@ -23,7 +23,7 @@ from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
 from .taps import (Layout, as_maps, capture, compiled_capture, evaluating, find_layout, grid_of, insert, is_exported,
-                        logits_of, replace, resolve, rows, stream, unpack)
+                        largest, logits_of, replace, resolve, rows, stream, unpack)
 
 # %% ../nbs/08_distiller.ipynb #04b4f5f3
 @dataclass
@@ -37,7 +37,7 @@ class Batch:
     @property
     def classes(self) -> Tensor: # B
         "One class for each image: where labels are shares, the largest."
-        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+        return largest(self.labels)
 
 @dataclass
 class Maps:
@@ -322,7 +322,7 @@ def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a paramete
     own, found, layers, done = dict(d.student.named_modules()), [], set(d.layers.values()), []
     def begin(module, path):
         if not done and module not in layers: found.extend(f'{path}.{n}'.lstrip('.') for n, p in module.named_parameters(recurse=False) if p.requires_grad)
-    at, side = resolve(d.student, tap), tap.endswith(':input')
+    at, side = resolve(d.student, tap), ':input' in tap
     stop = at.register_forward_pre_hook(lambda m, args: done.append(1), prepend=True) if side else at.register_forward_hook(lambda m, args, out: done.append(1))
     handles = [stop, *(m.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)) for path, m in own.items())]
     try:
@@ -458,7 +458,9 @@ def first(self: Setup) -> tuple: # (images, labels, index or None)
 @patch
 def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher'
     "How many classes a network knows."
-    return logits_of(_run(side, getattr(self, side), self.first[0][:2]), side, self.output).shape[1]
+    model, images = getattr(self, side), self.first[0]
+    if not is_exported(model): images = images[:2]  # a size may be fixed there
+    return logits_of(_run(side, model, images), side, self.output).shape[1]
 
 # %% ../nbs/08_distiller.ipynb #4067f49c
 @patch

@@ -27,8 +27,8 @@ from .data.digit_pairs import digit_pairs
 from .data.files import atomic, read_json, read_tensors
 from .data.imagenet import PhotoBatches, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
-from .distiller import Distiller
-from .methods import addends, create_terms, method_options, nearest
+from .distiller import Distiller, Setup
+from .methods import addends, check_method, create_terms, method_options, nearest
 from .matching import perplexity
 from .models import create_model
 from .models.folding import channels_last, fold_teacher
@@ -328,7 +328,6 @@ def _commit() -> dict:
         return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
-
 # %% ../nbs/21_experiments.ipynb #ede61eb8
 def data_hash(*splits) -> str: # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
     "SHA-256 of what a run has seen; 64 hexadecimal digits."
@@ -340,7 +339,6 @@ def command(self: Experiment) -> str: # for a shell
     "What makes this run."
     settings = [f'--set {shlex.quote(f"{k}={v}")}' for k, v in self.changed.items()]
     return ' '.join(['letkd run', self.name, f'--seed {self.seed}', *settings])
-
 
 # %% ../nbs/21_experiments.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
@@ -356,6 +354,12 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 **environment(training.device))
 
 # %% ../nbs/21_experiments.ipynb #f09112b9
+def _rehearse(e: Experiment, batches, device: torch.device):
+    "Refuse what cannot work before a teacher is trained for it."
+    if not addends(e.method): return
+    networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
+    check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
+
 def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 def prepare(e: Experiment,                # what to run
@@ -369,9 +373,11 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     batches = entry.batches(images, e.batch_size, entry.augment if e.augment else None, shuffle=True, drop_last=True, seed=e.seed,
                             share=(rank(), processes()))
+    plain = entry.batches(images, 500)
+    if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
     torch.manual_seed(e.seed)
-    student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
+    student = channels_last(create_model(e.student, len(images.classes)).to(device))
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
     fold_teacher(distiller)

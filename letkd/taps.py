@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_exported', 'resolve', 'Layout', 'capture', 'compiled_capture', 'Inserted', 'Placed', 'insert', 'Replaced',
-           'replace', 'grid_of', 'rows', 'evaluating', 'find_layout', 'as_maps', 'unpack', 'logits_of', 'one_class',
-           'stream']
+           'replace', 'grid_of', 'rows', 'evaluating', 'find_layout', 'as_maps', 'unpack', 'largest', 'logits_of',
+           'one_class', 'stream']
 
 # %% ../nbs/05_taps.ipynb #2394fcd7
 import difflib, math, re
@@ -402,7 +402,7 @@ def evaluating(model): # any network
     "Eval mode, without gradients; every module gets its own mode back."
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad(): yield model if is_exported(model) else model.eval()
     finally:
         for module, mode in modes: module.training = mode
 
@@ -524,6 +524,13 @@ def unpack(
     if not labels.ndim or len(labels) != len(images):
         raise ValueError(f'batch: found {len(images)} images and {len(labels) if labels.ndim else 1} labels; expected one for each')
     return images, _as_labels(labels, look), None if index is None else _as_index(index, len(images))
+
+# %% ../nbs/05_taps.ipynb #5c1e0b10
+def largest(
+    labels: Tensor # B class numbers, or B x Y shares of the classes
+) -> Tensor:       # B class numbers
+    "One class for each image: where labels are shares, the one of the largest."
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 # %% ../nbs/05_taps.ipynb #5c1e0b08
 def logits_of(
