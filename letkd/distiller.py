@@ -129,7 +129,8 @@ def attempted(do: Callable, *args) -> list: # of the exception that came, if one
 # %% ../nbs/08_distiller.ipynb #9c256bf5
 def _faults(d: Distiller) -> Iterator[Exception]:
     "Where the terms do not fit together, or to the networks; nothing has been changed yet."
-    names, places, paths = [t.name for t in d.terms], [tap for t in d.terms for tap in t.layers], [path for t in d.terms for path in t.replaces]
+    names, places = [t.name for t in d.terms], [tap for t in d.terms for tap in t.layers]
+    paths = [path for t in d.terms for path in t.replaces]
     if not isinstance(d.student, nn.Module): yield TypeError(f'student: found {type(d.student).__name__}; expected a network')
     if len(set(names)) < len(names): yield ValueError(f'Distiller: found terms {names}; each needs a name of its own')
     if d.needs_teacher and d.teacher is None:
@@ -155,8 +156,8 @@ def _shared(d: Distiller) -> list:
         both = [(name, theirs[id(x)]) for name, x in getattr(d.student, walk)() if id(x) in theirs and not _is_stateless(x)]
         if both:
             pairs = ', '.join(f'{a or "(itself)"!r}' + f' is {b or "(itself)"!r}' * (a != b) for a, b in both[:4])
-            return [ValueError(f'Distiller: found {len(both)} {kind}s that student and teacher share ({pairs}); the teacher must not change '
-                               'while the student is trained: give it its own by copy.deepcopy')]
+            return [ValueError(f'Distiller: found {len(both)} {kind}s that student and teacher share ({pairs}); the teacher '
+                               'must not change while the student is trained: give it its own by copy.deepcopy')]
     return []
 
 def _is_stateless(x) -> bool: # the same activation may stand in two networks, as a default argument does
@@ -170,8 +171,8 @@ def _wrapped(d: Distiller) -> Iterator[Exception]:
     found = {k.__name__ for m in d.student.modules() for k in type(m).__mro__} & _WRAPPERS
     trains = [t.name for t in d.terms if [*t.parameters()] or t.layers or t.replaces]
     if found and trains:
-        yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, which would not synchronise what {trains} train beside it: '
-                         'wrap the distiller instead, as in DistributedDataParallel(Distiller(network, teacher, terms))')
+        yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, which would not synchronise what {trains} '
+                         'train beside it: wrap the distiller instead, as in DistributedDataParallel(Distiller(network, teacher, terms))')
 
 # %% ../nbs/08_distiller.ipynb #c524914a
 @patch
@@ -184,7 +185,8 @@ def forward(self: Distiller,
     "One step's losses; their sum is what to minimise."
     batch, maps, layers = self.batch(images, labels, index, progress), Maps(), self.layers
     targets = self._targets(maps, batch)
-    with nullcontext() if self.looked else _counted(self), capture(self.student, self.taps('student')) as maps.student, \
+    with nullcontext() if self.looked else _counted(self), \
+         capture(self.student, self.taps('student')) as maps.student, \
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
         maps.student_logits = self._logits('student', self.student(batch.images))
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
@@ -206,7 +208,8 @@ def batch(self: Distiller, images, labels=None, index=None, progress: float = 0.
     given = index
     images, labels, index = unpack(images if labels is None else (images, labels, index), look=not self.looked)
     if given is not None and index is None:
-        raise ValueError(f'index: found {type(given).__name__} {list(getattr(given, "shape", ()))}; expected {len(labels)} whole numbers')
+        found = f'{type(given).__name__} {list(getattr(given, "shape", ()))}'
+        raise ValueError(f'index: found {found}; expected {len(labels)} whole numbers')
     return Batch(images, labels, index, progress)
 
 @patch
@@ -245,8 +248,10 @@ def _settle(d: Distiller):
 def _check_exported(model: nn.Module):
     "The mode of an exported network is that in which it was exported."
     places = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}
-    learning = [n.name for n in model.graph.nodes if str(n.target) in places and n.args[places[str(n.target)]] is True]
-    if learning: raise ValueError(f'teacher: found a network that was exported in train mode ({learning[0]}); export it from network.eval()')
+    asked = [(n.name, n.args[places[str(n.target)]]) for n in model.graph.nodes if str(n.target) in places]
+    if learning := [name for name, trains in asked if trains is True]:
+        raise ValueError(f'teacher: found a network that was exported in train mode ({learning[0]}); '
+                         'export it from network.eval()')
 
 # %% ../nbs/08_distiller.ipynb #a91d9c41
 @patch
@@ -274,8 +279,9 @@ def _counted(d: Distiller):
     def check(module, tap, parent):
         count(module, (tap,))
         if calls[tap,] > 1:
-            raise RuntimeError(f'tap {tap!r}: the layer there runs twice, because its {parent} ' + ('loops over all its children' if calls[tap] == 1
-                               else f'is called {calls[tap]} times') + "; put it elsewhere, such as at the next module's ':input'")
+            why = 'loops over all its children' if calls[tap] == 1 else f'is called {calls[tap]} times'
+            raise RuntimeError(f'tap {tap!r}: the layer there runs twice, because its {parent} {why}; '
+                               "put it elsewhere, such as at the next module's ':input'")
     for tap, layer in d.layers.items():
         parent = resolve(d.student, tap)
         handles.append(parent.register_forward_pre_hook(lambda m, args, tap=tap: count(m, tap), prepend=True))
@@ -284,7 +290,8 @@ def _counted(d: Distiller):
     finally:
         for handle in handles: handle.remove()
     if idle := [tap for tap in d.layers if (tap,) not in calls]:
-        raise RuntimeError(f'taps {idle}: the layer there did not run. Is it still in the student, and does the student call that module?')
+        raise RuntimeError(f'taps {idle}: the layer there did not run. Is it still in the student, and does the student '
+                           'call that module?')
 
 # %% ../nbs/08_distiller.ipynb #8e1c0b03
 @patch
@@ -296,7 +303,8 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
     if y.ndim == 2 and y.shape[1] != z.shape[1]:
         raise ValueError(f'labels: found shares of {y.shape[1]} classes; the student knows {z.shape[1]}')
     if y.ndim == 1 and not 0 <= y.min() <= y.max() < z.shape[1]:
-        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; expected 0 to {z.shape[1] - 1}, the classes of the student')
+        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; expected 0 to {z.shape[1] - 1}, '
+                         'the classes of the student')
     self.looked = True
 
 # %% ../nbs/08_distiller.ipynb #8e1c0b05
@@ -304,27 +312,30 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
 def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch: Batch):
     "Every loss and every map that a term reads has a gradient, unless it is meant to have none."
     dead = [t.name for t in self.terms if not getattr(found[t.name], 'requires_grad', False) and not t.silent(batch)]
-    taps = [tap for tap, x in maps.student.items() if not x.requires_grad] + [tap for tap, layer in self.layers.items() if layer in cut]
+    taps = [tap for tap, x in maps.student.items() if not x.requires_grad]
+    taps += [tap for tap, layer in self.layers.items() if layer in cut]
     if not dead and (not taps or self.frozen.issuperset(taps)): return
     if not any(p.requires_grad for p in self.parameters()): return  # nothing learns here
     hint = 'Is it within torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), torch.no_grad, or behind a detach()?'
     for tap in taps:
         if before := _trained_before(self, tap, batch.images):
-            raise RuntimeError(f"student's tap {tap!r}: found a map without a gradient, although {before} before it can be trained. {hint} "
-                               'What shall not be trained needs requires_grad_(False)')
+            raise RuntimeError(f"student's tap {tap!r}: found a map without a gradient, although {before} before it can be "
+                               f'trained. {hint} What shall not be trained needs requires_grad_(False)')
         self.frozen.add(tap)
-    if dead: raise RuntimeError(f'{dead}: found a loss without a gradient, which teaches nobody. {hint} A term that reads a frozen part alone has '
-                                'to be left out; one that means to be silent says so in `Term.silent`')
+    if dead: raise RuntimeError(f'{dead}: found a loss without a gradient, which teaches nobody. {hint} A term that reads a frozen '
+                                'part alone has to be left out; one that means to be silent says so in `Term.silent`')
 
 # %% ../nbs/08_distiller.ipynb #8e1c0b06
 def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a parameter's name, or nothing
     "The first parameter that can be trained of a module that is called before a map comes by its tap."
-    own, found, layers, done = dict(d.student.named_modules()), [], set(d.layers.values()), []
+    found, layers, done, at = [], set(d.layers.values()), [], resolve(d.student, tap)
     def begin(module, path):
-        if not done and module not in layers: found.extend(f'{path}.{n}'.lstrip('.') for n, p in module.named_parameters(recurse=False) if p.requires_grad)
-    at, side = resolve(d.student, tap), ':input' in tap
-    stop = at.register_forward_pre_hook(lambda m, args: done.append(1), prepend=True) if side else at.register_forward_hook(lambda m, args, out: done.append(1))
-    handles = [stop, *(m.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)) for path, m in own.items())]
+        own = [] if done or module in layers else module.named_parameters(recurse=False)
+        found.extend(f'{path}.{name}'.lstrip('.') for name, p in own if p.requires_grad)
+    if ':input' in tap: handles = [at.register_forward_pre_hook(lambda m, args: done.append(1), prepend=True)]
+    else: handles = [at.register_forward_hook(lambda m, args, out: done.append(1))]
+    for path, module in d.student.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)))
     try:
         with evaluating(d.student) as model: model(images[:2])
     finally:
@@ -451,7 +462,8 @@ def first(self: Setup) -> tuple: # (images, labels, index or None)
     if '_first' not in vars(self):
         if isinstance(self.batches, Iterator):
             raise TypeError(f'batches: found a {type(self.batches).__name__}, which can be read only once; expected a list or a loader')
-        if (batch := next(iter(self.batches), None)) is None: raise ValueError('batches: found none; expected the training set')
+        batch = next(iter(self.batches), None)
+        if batch is None: raise ValueError('batches: found none; expected the training set')
         self._first = unpack(batch, look=True)
     return self._first
 
@@ -603,7 +615,8 @@ def dkd(setup: Setup,             # what it is built for
 def _arrivals(index: Optional[Tensor], count: int) -> Tensor: # how often each of `count` places is in `index`
     if index is None: raise ValueError('Distiller.remember: found a batch without index; expected (images, labels, index)')
     if index.min() < 0 or index.max() >= count:
-        raise ValueError(f'Distiller.remember: found the index {int(index.min() if index.min() < 0 else index.max())}; expected 0 to {count - 1}')
+        wrong = index.min() if index.min() < 0 else index.max()
+        raise ValueError(f'Distiller.remember: found the index {int(wrong)}; expected 0 to {count - 1}')
     return index.cpu().bincount(minlength=count)
 
 # %% ../nbs/08_distiller.ipynb #dafb1074
@@ -625,8 +638,9 @@ def remember(self: Distiller,
             memory = [x.new_empty(count, *x.shape[1:]) for x in said]
         for known, x in zip(memory, said): known[index] = x
     if (wrong := came != 1).any():
-        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; expected each of 0 to {count - 1} once, but {int((came == 0).sum())} '
-                         f'did not come and {int((came > 1).sum())} came more than once, the first of them {int(wrong.nonzero()[0])}')
+        none, more = int((came == 0).sum()), int((came > 1).sum())
+        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; expected each of 0 to {count - 1} once, but {none} '
+                         f'did not come and {more} came more than once, the first of them {int(wrong.nonzero()[0])}')
     self.memory = memory
     return True
 

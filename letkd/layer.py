@@ -94,7 +94,7 @@ def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function 
 # %% ../nbs/04_layer.ipynb #4e1c0a02
 _saving = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda _: None)
 
-def _computed_again() -> bool: # does somebody else keep the saved tensors here, as checkpoint(use_reentrant=False) does?
+def _computed_again() -> bool: # does someone else keep saved tensors, as checkpoint(use_reentrant=False) does?
     return not torch.compiler.is_compiling() and _saving(False) is not None
 
 @patch
@@ -142,8 +142,9 @@ def _check_supervised(targets: dict, losses: Losses):
                            'and did the student run within the block?')
     if not torch.is_grad_enabled(): return
     if dead := [str(l) for l, loss in losses.items() if not loss.requires_grad and l.templates.requires_grad]:
-        raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so its loss would teach nothing. Does it stand within '
-                           'torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), or within torch.no_grad?')
+        raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so its loss would teach nothing. Does it '
+                           'stand within torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), or within '
+                           'torch.no_grad?')
 
 @contextmanager
 def supervised(targets: dict) -> Iterator[Losses]: # {layer: its loss}, filled while the student runs

@@ -92,11 +92,13 @@ def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method;
     except _Enough: pass
     except Exception as e:
         if not trial.faults: trial.faults.append(e)  # else it follows from them
-    for term in terms: trial.faults += _unknown(setup, [(side, tap) for side in ('student', 'teacher') for tap in getattr(term, f'{side}_taps')])
+    for term in terms:
+        for side in ('student', 'teacher'): trial.faults += _unknown(setup, [(side, tap) for tap in getattr(term, f'{side}_taps')])
     return trial.faults, terms
 
 def _unknown(setup: Setup, taps: Iterable) -> list: # (side, tap) pairs
-    return [e for side, tap in taps if getattr(setup, side) is not None for e in named(side, attempted(resolve, getattr(setup, side), tap))]
+    known = [(side, getattr(setup, side), tap) for side, tap in taps if getattr(setup, side) is not None]
+    return [e for side, model, tap in known for e in named(side, attempted(resolve, model, tap))]
 
 # %% ../nbs/19_methods.ipynb #19e1c004
 def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
@@ -108,7 +110,8 @@ def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
         yield ValueError(f'labels: found {labels.min().item()} to {labels.max().item()} in the first batch; '
                          f'expected 0 to {ours - 1}, the classes of the student')
     if setup.teacher is not None and any(t.same_classes for t in terms) and ours != (theirs := setup.classes('teacher')):
-        yield ValueError(f'logits: found {ours} classes in the student and {theirs} in the teacher; methods on logits need the same classes')
+        yield ValueError(f'logits: found {ours} classes in the student and {theirs} in the teacher; methods on logits need '
+                         'the same classes')
 
 def check_method(method: str,  # a row's name
                  setup: Setup, # what it would be built for

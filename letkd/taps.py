@@ -473,22 +473,24 @@ def as_maps(
     return maps
 
 # %% ../nbs/05_taps.ipynb #5c1e0b02
-_KEYS = dict(images=('images', 'image', 'pixel_values', 'img', 'inputs', 'input', 'x'), labels=('labels', 'label', 'targets', 'target', 'y'),
-             index=('index', 'indices', 'idx'))
+_KEYS = dict(images=('images', 'image', 'pixel_values', 'img', 'inputs', 'input', 'x'),
+             labels=('labels', 'label', 'targets', 'target', 'y'), index=('index', 'indices', 'idx'))
 
 def _entry(batch, part):
     "The images, labels or index of a dictionary."
     found = [key for key in _KEYS[part] if key in batch]
     if len(found) == 1: return batch[found[0]]
     if part == 'index' and not found: return None
-    raise ValueError(f'batch: found {_describe(batch)}; expected one entry for the {part}, under one of {_names(_KEYS[part], 9)}; '
-                     'or pass the pair (images, labels)')
+    raise ValueError(f'batch: found {_describe(batch)}; expected one entry for the {part}, under one of '
+                     f'{_names(_KEYS[part], 9)}; or pass the pair (images, labels)')
 
 def _as_tensor(x, part):
     if isinstance(x, Tensor): return x
-    try: return torch.stack(list(x)) if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], Tensor) else torch.as_tensor(x)
+    tensors = isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], Tensor)
+    try: return torch.stack(list(x)) if tensors else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise TypeError(f'{part}: found {_describe(x)}; expected a tensor, an array, or a list of numbers or of tensors of one shape ({e})') from None
+        raise TypeError(f'{part}: found {_describe(x)}; expected a tensor, an array, or a list of numbers or of tensors '
+                        f'of one shape ({e})') from None
 
 # %% ../nbs/05_taps.ipynb #5c1e0b03
 def _as_labels(y, look):
@@ -498,9 +500,10 @@ def _as_labels(y, look):
     if whole and y.ndim == 1: return y.long()
     if y.is_complex() or y.ndim != 2 or y.shape[1] == 1:
         raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, or B x Y shares of the classes')
-    if (whole or look or y.device.type == 'cpu') and not (((y >= 0) & (y <= 1)).all() and (y.sum(1) - 1).abs().max() < 1e-2):
-        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected numbers from 0 to 1 that sum to 1 in each row. '
-                         'Is it more than one class for each image?')
+    asked = whole or look or y.device.type == 'cpu'
+    if asked and not (((y >= 0) & (y <= 1)).all() and (y.sum(1) - 1).abs().max() < 1e-2):
+        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected numbers from 0 to 1 that '
+                         'sum to 1 in each row. Is it more than one class for each image?')
     return y.to(torch.uint8).argmax(1) if whole else y
 
 def _as_index(x, count):
@@ -518,9 +521,11 @@ def unpack(
     "What is in a batch, whatever holds it."
     if isinstance(batch, Mapping): images, labels, index = (_entry(batch, part) for part in _KEYS)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1: images, labels, index = [*batch, None][:3]
-    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, labels, index) or a dictionary of them')
+    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, labels, index) or a '
+                          'dictionary of them')
     images, labels = _as_tensor(images, 'images'), _as_tensor(labels, 'labels')
-    if images.ndim < 2 or not len(images): raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x 3 x H x W')
+    if images.ndim < 2 or not len(images):
+        raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x 3 x H x W')
     if not labels.ndim or len(labels) != len(images):
         raise ValueError(f'batch: found {len(images)} images and {len(labels) if labels.ndim else 1} labels; expected one for each')
     return images, _as_labels(labels, look), None if index is None else _as_index(index, len(images))
@@ -545,11 +550,13 @@ def logits_of(
     elif hasattr(out, 'logits'): found = out.logits
     elif isinstance(out, (tuple, list)):
         heads = [x for x in out if x is not None]
-        found = heads[0] if heads and all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape for x in heads) else None
+        alike = all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape for x in heads)
+        found = heads[0] if heads and alike else None
     else: found = None
     if isinstance(found, Tensor): return found
-    raise TypeError(f"{whose}: found {_describe(out)} as its output{' and ' + _describe(found) + ' by output' if output else ''}; expected logits. "
-                    'Say where they are, as in output=lambda out: out[1]')
+    by = f' and {_describe(found)} by output' if output else ''
+    raise TypeError(f'{whose}: found {_describe(out)} as its output{by}; expected logits. Say where they are, as in '
+                    'output=lambda out: out[1]')
 
 # %% ../nbs/05_taps.ipynb #5c1e0c02
 def one_class(

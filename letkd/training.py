@@ -74,8 +74,9 @@ def _length(batches) -> int:
 
 def _check_state(batches):
     if hasattr(batches, 'state_dict') and hasattr(batches, 'load_state_dict'): return
-    raise TypeError(f'batches: found a {type(batches).__name__} without state_dict and load_state_dict, so nobody knows where a stopped run '
-                    'stood; expected letkd.data.batches.Batches, or a loader that has both, such as StatefulDataLoader of torchdata')
+    raise TypeError(f'batches: found a {type(batches).__name__} without state_dict and load_state_dict, so nobody knows where '
+                    'a stopped run stood; expected letkd.data.batches.Batches, or a loader that has both, such as '
+                    'StatefulDataLoader of torchdata')
 
 # %% ../nbs/20_training.ipynb #20a10001
 @patch(as_prop=True)
@@ -149,7 +150,8 @@ def resume(self: Training, kept: Checkpoints): # of the run's folder
 
 # %% ../nbs/20_training.ipynb #20a10004
 @patch
-def step(self: Training, images: torch.Tensor, labels: torch.Tensor, index: Optional[torch.Tensor] = None): # a batch, or a process's share
+def step(self: Training, images: torch.Tensor, labels: torch.Tensor, # a batch, or this process's share of it
+         index: Optional[torch.Tensor] = None):                      # B, place in the training set
     "Forward, backward, and one step of optimiser and schedule."
     progress = (self.epoch + self.meter.step / self.steps) / self.epochs
     with self.autocast: logits, losses = self.model(images, labels, index, progress)
@@ -179,7 +181,8 @@ def rest(self: Training) -> Iterator: # of batches
     for batch in self.batches if self.meter.step < self.steps else ():
         yield unpack(batch)
         self.seconds, start = self.seconds + time.time() - start, time.time()
-    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; expected a loader that can be read anew in each epoch')
+    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; expected a loader that can be read '
+                                             'anew in each epoch')
 
 @patch
 def wish(self: Training, own: int) -> int: # 0: none; 1: a checkpoint; else a signal's number
