@@ -8,6 +8,7 @@ __all__ = ['Batch', 'Maps', 'Term', 'Distiller', 'as_module', 'raise_all', 'atte
            'letkd2', 'FreeLayer', 'layer', 'kd', 'dkd']
 
 # %% ../nbs/08_distiller.ipynb #fb365586
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator, Optional
@@ -333,7 +334,9 @@ def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a paramete
     for path, module in d.student.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)))
     try:
-        with evaluating(d.student) as model: model(images[:2])
+        with warnings.catch_warnings(), evaluating(d.student) as model:
+            warnings.simplefilter('ignore')  # the checkpoint's, that nothing here has a gradient
+            model(images[:2])
     finally:
         for handle in handles: handle.remove()
     return next(iter(found), '')
