@@ -137,7 +137,8 @@ def from_map(self: Layout, y: Tensor, x: Tensor) -> Tensor: # `y`, a map B x C x
     if not self.prefix: return y
     at, c = (1, -1) if self.last else (2, 1)
     if y.shape[c] == x.shape[c]: return torch.cat([x.narrow(at, 0, self.prefix), y], at)
-    raise ValueError(f'layout {self}: found {y.shape[c]} channels in the new places; the {self.prefix} before them have {x.shape[c]}')
+    raise ValueError(f'layout {self}: found {y.shape[c]} channels in the new places; '
+                     f'the {self.prefix} before them have {x.shape[c]}')
 
 # %% ../nbs/05_taps.ipynb #1b6dd85a
 def _one_tensor(value, place):
@@ -374,8 +375,8 @@ def _image_size(images: Tensor) -> tuple: return tuple(images.shape[2:]) if imag
 
 def _shrunk(grid, size) -> bool:
     "Could a grid be an image of this size, made smaller alike in both directions, give or take a place?"
-    most, least = [n / (g - 1) if g > 1 else math.inf for g, n in zip(grid, size)], [n / (g + 1) for g, n in zip(grid, size)]
-    return max(least) <= min(most)
+    most = [n / (g - 1) if g > 1 else math.inf for g, n in zip(grid, size)]
+    return max(n / (g + 1) for g, n in zip(grid, size)) <= min(most)
 
 def _readings(shape, size, declared: int | None) -> list:
     "The layouts in which a tensor can hold the map of an image of this size."
@@ -388,7 +389,8 @@ def _readings(shape, size, declared: int | None) -> list:
     return tokens + ([Layout(False, 0, channels_first)] if channels_first else [])
 
 # %% ../nbs/05_taps.ipynb #419001ab
-_TOKENS = {'class_token', 'cls_token', 'dist_token', 'distillation_token', 'reg_token', 'register_token', 'register_tokens'}
+_TOKENS = {'class_token', 'cls_token', 'dist_token', 'distillation_token',
+           'reg_token', 'register_token', 'register_tokens'}
 
 def _declared(model) -> int | None:
     "How many tokens a network puts before its patches; None where it does not say."
@@ -433,7 +435,8 @@ def find_layout(
     images: Tensor    # B x 3 x H x W, or signals B x C x L: the input of that pass
 ) -> Layout:          # in which `x` holds the map
     "How a map lies in its tensor, or the error that says how to name it."
-    if x.ndim not in (3, 4): raise ValueError(f'tap {tap!r}: expected a map B x C x H x W or tokens B x N x C, found a {_describe(x)}')
+    if x.ndim not in (3, 4): raise ValueError(f'tap {tap!r}: expected a map B x C x H x W or tokens B x N x C, '
+                                              f'found a {_describe(x)}')
     size, declared = _image_size(images), _declared(model)
     readings = _readings(x.shape, size, declared) if len(x) == len(images) else []
     if readings == [Layout()]: return readings[0]
@@ -442,7 +445,9 @@ def find_layout(
     shape, larger = _enlarged(model, tap, images)
     if shape is None: left = [r for r in readings if r.last and _normalises(model, x.shape)]
     elif x.ndim == 4: left = [r for r in (Layout(), Layout(True)) if _grows(r, x.shape, shape)]
-    else: left = [r for r in readings if _grows(r, x.shape, shape) and _proportional(shape[1 if r.last else 2] - r.prefix, larger)]
+    else:
+        places = lambda r: shape[1 if r.last else 2] - r.prefix
+        left = [r for r in readings if _grows(r, x.shape, shape) and _proportional(places(r), larger)]
     if len(left) == 1 and len(x) == len(images): return left[0]
     raise ValueError(_unclear(tap, x, len(images), size, readings))
 
@@ -451,9 +456,9 @@ def _unclear(tap, x, count, size, readings) -> str:
     "The sentence for a tensor whose layout is not clear."
     could = ' or '.join(f"'{tap}@{r}'" for r in readings) or 'none that is known'
     if len(x) != count: could = 'none, its first dimension is not the images'
-    return (f'tap {tap!r}: found a {_describe(x)} for {count} images of {size[0]} x {size[1]}; its layout could be {could}. '
-            f"Name it behind the tap: '{tap}@BCHW', '{tap}@BHWC', '{tap}@1+16x8' for tokens with one before 16 x 8 places, "
-            f"'{tap}@BC16x8' for channels first; or tap another module")
+    return (f'tap {tap!r}: found a {_describe(x)} for {count} images of {size[0]} x {size[1]}; '
+            f"its layout could be {could}. Name it behind the tap: '{tap}@BCHW', '{tap}@BHWC', "
+            f"'{tap}@1+16x8' for tokens with one before 16 x 8 places, '{tap}@BC16x8' for channels first; or tap another module")
 
 # %% ../nbs/05_taps.ipynb #3cfc8ca3
 def as_maps(
