@@ -353,15 +353,16 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
-# %% ../nbs/21_experiments.ipynb #f09112b9
+# %% ../nbs/21_experiments.ipynb #21e1c001
+def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
 def _rehearse(e: Experiment, batches, device: torch.device):
     "Refuse what cannot work before a teacher is trained for it."
     if not addends(e.method): return
     networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
     check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
 
-def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
+# %% ../nbs/21_experiments.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
