@@ -91,10 +91,7 @@ class Distiller(nn.Module):
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
         self.compiled, self.output, self.looked, self.frozen, self.inserted = None, output, False, set(), []
         raise_all('Distiller', _faults(self))
-        try:
-            for t in self.terms: self.inserted += [replace(student, path, module) for path, module in t.replaces.items()]
-            for tap, layer in self.layers.items(): self.inserted.append(insert(student, tap, layer))
-        except BaseException: self.remove(); raise
+        self._insert()
         _settle(self)
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
@@ -118,6 +115,7 @@ def as_module(teacher) -> Optional[nn.Module]: # a network, a function of images
     raise TypeError(f'teacher: found {type(teacher).__name__}; expected a network, a function of images, or None. '
                     'Several teachers are one: a function that returns the mean of their logits')
 
+# %% ../nbs/08_distiller.ipynb #8e1c0a08
 def raise_all(what: str, faults: Iterable): # a class or function; exceptions
     "Raise what was found: one as it is, several in one message."
     found = list({str(e): e for e in faults}.values())
@@ -126,6 +124,7 @@ def raise_all(what: str, faults: Iterable): # a class or function; exceptions
     if found: raise ValueError(f'{what}: found {len(found)} faults\n' + '\n'.join(f'- {said(e)}' for e in found))
 
 def attempted(do: Callable, *args) -> list: # of the exception that came, if one did
+    "Call a function and keep its error."
     try: do(*args)
     except Exception as e: return [e]
     return []
@@ -268,6 +267,15 @@ def targets(self: Distiller, images: Tensor, labels: Optional[Tensor] = None) ->
 def layers(self: Distiller) -> dict: # {tap: KDLayer}
     "The layers that the terms have put into the student."
     return {tap: layer for term in self.terms for tap, layer in term.layers.items()}
+
+@patch
+def _insert(self: Distiller):
+    "Put into the student what the terms bring; all of it, or nothing."
+    try:
+        for term in self.terms:
+            for path, module in term.replaces.items(): self.inserted.append(replace(self.student, path, module))
+        for tap, layer in self.layers.items(): self.inserted.append(insert(self.student, tap, layer))
+    except BaseException: self.remove(); raise
 
 @patch
 def remove(self: Distiller):

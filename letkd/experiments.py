@@ -414,15 +414,16 @@ def seen(images # an `Images`, or `Photos`
     size = [size, size] if size else list(images.images.shape[-2:])
     return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
 
-# %% ../nbs/21_experiments.ipynb #f09112b9
+# %% ../nbs/21_experiments.ipynb #21e1c001
+def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
 def _rehearse(e: Experiment, batches, device: torch.device):
     "Refuse what cannot work before a teacher is trained for it."
     if not addends(e.method): return
     networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
     check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
 
-def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
+# %% ../nbs/21_experiments.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
