@@ -29,9 +29,9 @@ from .data.files import atomic, read_json, read_tensors
 from .data.folders import folder, folder_batches, folder_identity
 from .data.imagenet import PhotoBatches, Photos, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
-from .distiller import Distiller
+from .distiller import Distiller, Setup
 from .layer import KDLayer
-from .methods import METHODS, addends, create_terms, method_options, nearest
+from .methods import METHODS, addends, check_method, create_terms, method_options, nearest
 from .matching import perplexity
 from .meters import evaluate
 from .models import create_model
@@ -440,9 +440,16 @@ def seen(images # an `Images`, or `Photos`
     size = [size, size] if size else list(images.images.shape[-2:])
     return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
 
-# %% ../nbs/21_experiments.ipynb #f09112b9
+# %% ../nbs/21_experiments.ipynb #21e1c001
 def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
+def _rehearse(e: Experiment, batches, device: torch.device):
+    "Refuse what cannot work before a teacher is trained for it."
+    if not addends(e.method): return
+    networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
+    check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
+
+# %% ../nbs/21_experiments.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
@@ -454,10 +461,13 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
-    batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
+    batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed,
+                            share=(rank(), processes()))
+    plain = entry.batches(images, 500)
+    if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
     torch.manual_seed(e.seed)
-    student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
+    student = channels_last(create_model(e.student, len(images.classes)).to(device))
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
     fold_teacher(distiller)

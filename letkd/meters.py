@@ -7,7 +7,7 @@ __all__ = ['evaluate', 'NonFiniteLoss', 'Meter', 'interactive', 'Progress']
 
 # %% ../nbs/18_meters.ipynb #3e7e0004
 import sys, time
-from typing import Iterable
+from typing import Callable, Iterable, Optional
 
 import torch
 from torch import nn
@@ -15,22 +15,25 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .processes import processes, summed
+from .taps import largest, logits_of, unpack
 
 # %% ../nbs/18_meters.ipynb #0de3c255
 @torch.no_grad()
 def evaluate(model: nn.Module,  # a classifier; its mode is restored
-             batches: Iterable, # of (images, labels, ...); of this process's share
+             batches: Iterable, # of what `letkd.taps.unpack` takes; of this process's share
+             output: Optional[Callable] = None, # finds the logits in what the model returns
             ) -> dict:          # top1 and top5 in percent, loss in nats
     "Accuracy and cross-entropy in eval mode."
     training, totals = model.training, torch.zeros(4, device=next(model.parameters(), torch.zeros(())).device)
     model.eval()
-    for images, labels, *_ in batches:
-        logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    for images, labels, _ in map(unpack, batches):
+        logits = logits_of(model(images), 'evaluate', output).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == largest(labels)[:, None]
         loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
         totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))])
     model.train(training)
     top1, top5, loss, n = summed(totals).tolist()
+    if not n: raise ValueError('evaluate: found no images; is it an iterator that was used up?')
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n)
 
 # %% ../nbs/18_meters.ipynb #34459af3
