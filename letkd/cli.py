@@ -40,12 +40,13 @@ def run_command(name: str,                    # data set/teacher-student/method,
                 device: Optional[str] = None, # None: CUDA where there is one
                 quiet: bool = False,          # no progress
                 checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                log: Optional[str] = None, # 'tensorboard': curves in a browser
                 recipe: str = 'letkd',        # or 'original'
                ):
     "Run one experiment and print its accuracy and where its record is."
     from letkd.experiments import Experiment, run
     e = Experiment.named(name, recipe, seed=seed, **_settings(settings))
-    record = run(e, out, device, quiet, checkpoint_every)
+    record = run(e, out, device, quiet, checkpoint_every, log)
     print(f'{e.name} seed {e.seed}: top-1 {record["top1_last"]:.2f} % at the last epoch, {record["top1_best"]:.2f} % at the best '
           f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} s. Record: {Path(out)/e.folder/"record.json"}')
 
@@ -105,24 +106,24 @@ def _plan(experiments: list) -> dict: # {folder: (`Experiment`, the folder of it
         plan.setdefault(e.folder, (e, teacher and teacher.folder))
     return plan
 
-def _words(e, out, device, quiet: bool, checkpoint_every: str) -> list: # behind `letkd`
+def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str]) -> list: # behind `letkd`
     import torch
-    more = dict(device=device, quiet=quiet, deterministic=torch.are_deterministic_algorithms_enabled())
+    more = dict(device=device, quiet=quiet, log=log, deterministic=torch.are_deterministic_algorithms_enabled())
     flags = [word for name, value in more.items() if value for word in [f'--{name}', value][:1 if value is True else 2]]
     return [*shlex.split(e.command)[1:], '--out', str(out), '--checkpoint-every', checkpoint_every, *flags]
 
 # %% ../nbs/28_cli.ipynb #c22fe0b2
 _WORK = 'from letkd.cli import main; from letkd.jobs import work; work(main)'
 
-def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every) -> tuple: # (records, what failed and why)
+def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every, log) -> tuple: # (records, what failed and why)
     from letkd.experiments import run
     plan, own, records = _plan(experiments), {e.folder for e in experiments}, {}
-    failed = _side_by_side(plan, jobs, out, device, quiet, checkpoint_every) if jobs > 1 else {}
+    failed = _side_by_side(plan, jobs, out, device, quiet, checkpoint_every, log) if jobs > 1 else {}
     for i, (folder, (e, teacher)) in enumerate(plan.items()):
         if teacher in failed: failed.setdefault(folder)
         if folder in failed or jobs > 1 and folder not in own: continue
         if jobs == 1 and not quiet: print(f'{i + 1}/{len(plan)}: {folder}', flush=True)
-        try: records[folder] = (call if folder in own else run)(e, out, device, quiet, checkpoint_every)
+        try: records[folder] = (call if folder in own else run)(e, out, device, quiet, checkpoint_every, log)
         except _ERRORS as error: failed[folder] = _text(error)
     return [records[folder] for folder in dict.fromkeys(e.folder for e in experiments) if folder in records], reasons(failed, len(plan))
 
@@ -143,6 +144,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
                   device: Optional[str] = None, # None: CUDA where there is one
                   quiet: bool = False,  # no progress
                   checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                  log: Optional[str] = None, # 'tensorboard': curves in a browser
                   recipe: str = 'letkd', # or 'original', of a main table
                   jobs: int = 1,        # runs at the same time
                  ):
@@ -154,7 +156,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     _count(jobs, '--jobs')
     experiments = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings))
     call = probe_run if name == 'ablation/probe' else run
-    records, failed = _run_all(experiments, jobs, call, out, device, quiet, checkpoint_every)
+    records, failed = _run_all(experiments, jobs, call, out, device, quiet, checkpoint_every, log)
     print('\n' + format_table(summary(records)))
     if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
     if failed: raise RuntimeError(failed)
@@ -165,16 +167,20 @@ def reproduce_command(record: str,                  # a record.json
                       device: Optional[str] = None, # None: CUDA where there is one
                       quiet: bool = False,          # no progress
                       checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                      log: Optional[str] = None, # 'tensorboard': curves in a browser
+                      data: Optional[str] = None,   # where a data set of one's own lies here; None: where the record says
                      ):
     "Run what a record describes once more, and compare."
+    from dataclasses import replace
     from letkd.experiments import compare, read_record, run
     from letkd.tables import experiment_of
     known = read_record(record)
     e = experiment_of(known)
+    if data: e = replace(e, data=data)
     if (Path(out)/e.folder/'record.json').exists():
         raise ValueError(f'{Path(out)/e.folder}: found a record already; expected a folder in which this run has not been made')
     print(f'{e.command} --out {out}', flush=True)
-    good, lines = compare(known, run(e, out, device, quiet, checkpoint_every))
+    good, lines = compare(known, run(e, out, device, quiet, checkpoint_every, log))
     print('\n'.join(lines))
     if not good: raise RuntimeError(f'{record}: not reproduced')
 
@@ -224,6 +230,7 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
                  device: Optional[str] = None, # None: CUDA where there is one
                  quiet: bool = False,          # no progress
                  checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+                 log: Optional[str] = None, # 'tensorboard': curves in a browser
                  jobs: int = 1,                # runs at the same time
                 ):
     "Train a teacher and its students on DigitPairs, print what each gained, draw the figures."
@@ -235,7 +242,7 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
     done = sum((Path(out)/e.folder/'record.json').exists() for e in [teacher, *experiments])
     print(f'{teacher.student} teaches {experiments[0].student} on DigitPairs, {teacher.train_size:,} images of 100 classes: '
           f'{len(experiments) + 1} runs' + (f', {done} of them done already' if done else '') + f'. Results go to {out}/', flush=True)
-    records, failed = _run_all([teacher, *experiments], jobs, run, out, device, quiet, checkpoint_every)
+    records, failed = _run_all([teacher, *experiments], jobs, run, out, device, quiet, checkpoint_every, log)
     if failed: raise RuntimeError(failed)
     print('\n' + format_table(summary(records)) + '\n')
     for line in demo_figures(experiments[-1], records, out, device): print(line)
@@ -295,6 +302,7 @@ def _common(parser, out: str):
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
     parser.add_argument('--quiet', action='store_true', help='no progress')
     parser.add_argument('--checkpoint-every', default='5m', metavar='N', help='besides the end of each epoch: 200 (steps), 90s, 5m, 2h (default: 5m)')
+    parser.add_argument('--log', choices=('tensorboard',), help='watch it: tensorboard --logdir OUT shows every epoch of every run')
     parser.add_argument('--deterministic', action='store_true', help='on CUDA, equal bits in every run where PyTorch can; slower')
 
 def _recipe(parser):
@@ -376,6 +384,7 @@ def _reproduce_arguments(commands):
     again = commands.add_parser('reproduce', help='run what a record describes, and compare', description='Run what a record describes '
                                 'once more, in another folder, and compare the two: bit for bit where device and versions are the same.')
     again.add_argument('record', help='a record.json')
+    again.add_argument('--data', metavar='PATH', help="where a data set of one's own lies here (default: where the record says)")
     _common(again, 'reproduced'); again.set_defaults(call=reproduce_command)
 
 # %% ../nbs/28_cli.ipynb #e49bdda5
@@ -414,9 +423,11 @@ def _call(call, deterministic: bool = False, checkpoint_every: Optional[str] = N
         jobs = given.get('jobs', 1)
         os.environ.update(openmp(max(1, cores() // jobs) if jobs > 1 else None))
     from letkd.checkpoints import Every, Signals
+    from letkd.meters import check_log
     from letkd.processes import joined
     if deterministic: _equal_bits()
     if checkpoint_every: Every(given.setdefault('checkpoint_every', checkpoint_every))  # a slip is met at once
+    check_log(given.get('log'))
     with Signals(at_once=True), joined(given.get('device')): call(**given)
 
 def _equal_bits():

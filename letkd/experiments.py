@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest',
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
 import ast, hashlib, json, math, platform, re, shlex, subprocess, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from .distiller import Distiller, Setup
 from .layer import KDLayer
 from .methods import METHODS, addends, check_method, create_terms, method_options, nearest
 from .matching import perplexity
-from .meters import evaluate
+from .meters import LOGS, check_log, evaluate
 from .models import create_model
 from .models.folding import channels_last, fold_teacher
 from .models.pairs import pair_taps
@@ -455,6 +456,7 @@ def prepare(e: Experiment,                # what to run
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
             quiet: bool = False,          # no progress, should a teacher have to be trained
             checkpoint_every: str = '5m', # see `letkd.checkpoints.Every`
+            log: Optional[str] = None,    # one of `letkd.meters.LOGS`, for a teacher's run too
            ) -> tuple:                    # (Training, training images as `Batches` in order, what the record says of the teacher)
     "Everything a run needs, before its first step. Draws from the global generator."
     device = _device(device)
@@ -465,7 +467,7 @@ def prepare(e: Experiment,                # what to run
                             share=(rank(), processes()))
     plain = entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
-    teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
+    teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
     student = channels_last(create_model(e.student, len(images.classes)).to(device))
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
@@ -511,15 +513,17 @@ def run(e: Experiment,                # what to run
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
         checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+        log: Optional[str] = None,    # one of `letkd.meters.LOGS`, of every epoch
         wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
+    check_log(log)
     folder = Path(out)/e.folder
     if done := agreed(lambda: _finished(folder)): return done
     if e.sync_bn and _device(device).type != 'cuda':
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
-        training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
+        training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
         images = e.load(e.eval_split)
         _check_classes(e, plain.images, images)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
@@ -527,13 +531,21 @@ def run(e: Experiment,                # what to run
             if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
             agreed(lambda: _announce(e, folder, quiet))
             perplexities = _first_look(e, training.distiller, plain)
-            train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
+            with _log(log, folder, perplexities) as watched:
+                train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every, watched)
             made['data_hash'] = data_hash(plain.images, images)
             return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
     return read_record(folder/'record.json') if (folder/'record.json').exists() else None
+
+@contextmanager
+def _log(name: Optional[str], folder: Path, perplexities: dict):
+    if name is None or rank(): yield None; return
+    log = LOGS[name](folder, **{f'perplexity/{tap}': value for tap, value in perplexities.items()})
+    try: yield log
+    finally: log.close()
 
 def _announce(e: Experiment, folder: Path, quiet: bool):
     if processes() > 1 and not quiet:
@@ -584,11 +596,11 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> flo
     return top1
 
 # %% ../nbs/21_experiments.ipynb #d0e21649
-def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) -> tuple: # (network or None, what the record says of it)
+def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, log) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
-        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, wait=True)
+        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])

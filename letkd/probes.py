@@ -75,9 +75,10 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
               device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
               quiet: bool = False,          # no progress
               checkpoint_every: str = '5m', # within an epoch, as for `run`
+              log: Optional[str] = None,    # of every epoch, as for `run`
              ) -> dict:                     # its record, with `probe`
     "Run an experiment if need be, probe its student on training and test images, and note it in the record."
-    record, path = run(e, out, device, quiet, checkpoint_every), Path(out)/e.folder/'record.json'
+    record, path = run(e, out, device, quiet, checkpoint_every, log), Path(out)/e.folder/'record.json'
     if 'probe' in record: return record
     distiller = load_run(e, out, device)
     where = next(distiller.student.parameters()).device
