@@ -289,7 +289,7 @@ def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
     if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS or text == 'None'):
-        try: value = ast.literal_eval(text)
+        try: value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
     if None not in (default, value) and type(value) is not type(default):
@@ -463,7 +463,7 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
-    batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed,
+    batches = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed,
                             share=(rank(), processes()))
     plain = entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
@@ -482,6 +482,12 @@ def prepare(e: Experiment,                # what to run
 def _augment(e: Experiment): # for `DataSet.batches`
     augment = DATASETS[e.dataset].augment if e.augment else None
     return replace(augment, mode=e.padding) if e.padding != 'reflect' and augment else augment
+
+def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training images
+    "A set that is smaller than a batch is one; its teacher's, whose batches are the recipe's, has to train on it too."
+    if count >= e.batch_size: return e.batch_size
+    if not (quiet or rank()): print(f'{e.name}: {count} training images are one batch, where batch_size is {e.batch_size}', flush=True)
+    return count
 
 def _check_classes(e: Experiment, known, unseen): # images to train on and to evaluate on
     if known.classes != unseen.classes:
