@@ -208,6 +208,8 @@ def bench_command(quick: bool = False,          # about a minute instead of a fe
     "Measure the layer, whole steps, data and fitting, side by side, and print tables."
     from letkd import bench
     from letkd.checkpoints import write_text
+    from letkd.data.files import check_place
+    if file: check_place(file)  # before the minutes, not after them
     record = bench.bench(bench.QUICK if quick else bench.FULL, device, threads, parts or bench.PARTS)
     print('\n' + bench.format_bench(record))
     if file: write_text(file, json.dumps(record, indent=1, allow_nan=False) + '\n')
@@ -439,6 +441,8 @@ def _equal_bits():
 # %% ../nbs/28_cli.ipynb #e5c07cb6
 def main(args: Optional[list] = None) -> int: # of strings; None: those of the process. Returns the exit code
     "The command `letkd`."
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the signs of a table, such as ±
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     given = vars(parser().parse_args(args))
     call = given.pop('call'); given.pop('command')
     try:

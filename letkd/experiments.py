@@ -285,11 +285,13 @@ def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of t
     except ValueError: taps = {}  # networks of others: the user gives the taps
     return dict(taps, **entry.recipe) | entry.students.get(student, {}) | dict(options={k: v for o in options for k, v in o.items()})
 
+_WORDS = dict(true='True', false='False', none='None')  # of other languages
+
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
     if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS or text == 'None'):
-        try: value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+        try: value = ast.literal_eval(_WORDS.get(text.lower(), text))
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
     if None not in (default, value) and type(value) is not type(default):

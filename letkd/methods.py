@@ -45,7 +45,7 @@ def addends(method: str) -> list: # the functions of METHODS, none for 'ce'
     "The parts of a name such as 'letkd2+kd'."
     names = [] if method == 'ce' else method.split('+')
     for name in names:
-        if name not in METHODS: raise nearest(f'method {method!r}', name, METHODS)
+        if name not in METHODS: raise nearest(f'method {method!r}', name, ['ce', *METHODS])
     if len(set(names)) < len(names): raise ValueError(f'method {method!r}: found a part twice')
     return [METHODS[name] for name in names]
 

@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from .data.files import files_below
 from .experiments import Experiment, read_record
 from .methods import method_options
 
@@ -53,7 +54,7 @@ def _files(place: Path) -> list:
     if not place.is_dir():
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
-    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json' and not path.name.startswith('bench'))
+    return [path for path in files_below(place) if path.suffix == '.json' and path.name != 'config.json' and not path.name.startswith('bench')]
 
 # %% ../nbs/22_tables.ipynb #0b4a3c70
 _DEFAULT = {f.name: f.default for f in fields(Experiment) if f.name not in ('dataset', 'student', 'options')}

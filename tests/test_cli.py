@@ -114,6 +114,17 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
         first.kill(); first.wait()
 
 
+def test_a_terminal_without_the_signs_of_a_table(tmp_path):
+    found = subprocess.run(command('table', 'cifar100', '--out', tmp_path/'none'), capture_output=True,
+                           env=dict(os.environ, PYTHONIOENCODING='cp1252'))
+    assert found.returncode == 0 and b'resnet56 ? resnet20' in found.stdout, found.stderr
+
+
+def test_bench_looks_at_its_file_first(tmp_path):
+    found = letkd('bench', '--quick', '--json', tmp_path)
+    assert found.returncode == 2 and 'is a folder; expected the name of a file' in found.stderr
+
+
 def test_table_of_what_was_run(out):
     table = letkd('table', 'digit_pairs', '--out', out)
     assert table.returncode == 0, table.stderr

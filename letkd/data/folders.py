@@ -16,12 +16,13 @@ from typing import Iterator, Optional
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
 from .batches import Augment, Batches, Images, first, hold_out, in_turn, statistics
-from .files import data_root, make_folder, read_tensors, write_tensors
+from .files import atomic, data_root, make_folder, read_tensors
 from .imagenet import PhotoBatches, Photos, ResizedCrop
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
@@ -141,7 +142,7 @@ def _decode(photos: Photos, given: bool, path: Path):
     pixels = _squares(photos, given)
     mean, std = statistics(pixels)
     if min(std) == 0: raise ValueError(f'{photos.folder}: found photos of one colour only; expected pixels that differ')
-    write_tensors(path, dict(images=pixels), dict(about=json.dumps(dict(mean=mean, std=std))))
+    with atomic(path) as part: save_file(dict(images=pixels), part, dict(about=json.dumps(dict(mean=mean, std=std))))
 
 def _cached(photos: Photos, given: bool, root) -> tuple: # (pixels, mean, std)
     "The pixels and their statistics, from the file, which is made if it is not there."

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from safetensors.torch import save_file
 
 from .batches import Images, first, in_turn, statistics
-from .files import contents, data_root, decode, fetch, make_folder, read_tensors, write_tensors
+from .files import atomic, contents, data_root, decode, fetch, make_folder, read_tensors
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #b4fc8295
 NAME = 'tiny-imagenet-200'
@@ -86,7 +87,8 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
                    for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
     except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
     mean, std = statistics(tensors['train.images'])
-    write_tensors(path, tensors, dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
+    with atomic(path) as part:
+        save_file(tensors, part, metadata=dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
     return path
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #311d1fcf
