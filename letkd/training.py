@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'Training', 'WholeEpochs', 'conditions', 'train']
 
 # %% ../nbs/20_training.ipynb #137505e1
 import inspect, json, platform, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
 
@@ -216,15 +216,11 @@ def train(training: Training,        # what to train
           title: str = 'training',   # of the progress bar
           quiet: bool = False,       # no progress
           checkpoint_every: str = '5m', # besides the end of each epoch; see `letkd.checkpoints.Every`
-         log: Optional[Callable] = None, # gets each epoch's dict, and the earlier ones first where a run goes on
+          log: Optional[Callable] = None, # gets each epoch's dict, and the earlier ones first where a run goes on
          ) -> list:                  # one dict an epoch: losses by name, train_top1, top1, top5, lr, seconds
     "Train to the last epoch, from the newest checkpoint in `folder` if there is one."
     every, kept = Every(checkpoint_every), Checkpoints(folder)
-    with locked(folder), Signals() as signals:
-        training.resume(kept)
-        log = log if log and not rank() else lambda row: None
-        for row in training.history: log(row)
-        if isinstance(training.batches, WholeEpochs) and not (quiet or rank()): print(training.batches, file=sys.stderr)
+    with locked(folder), Signals() as signals, _begun(training, kept, log, quiet) as log:
         with Progress(title, training, quiet or rank() > 0) as progress:
             while training.epoch < training.epochs:
                 try:
@@ -240,6 +236,14 @@ def train(training: Training,        # what to train
     return training.history
 
 # %% ../nbs/20_training.ipynb #27517e7f
+@contextmanager
+def _begun(training: Training, kept: Checkpoints, log: Optional[Callable], quiet: bool) -> Iterator[Callable]: # the log of this process
+    training.resume(kept)
+    if isinstance(training.batches, WholeEpochs) and not (quiet or rank()): print(training.batches, file=sys.stderr)
+    log = (lambda row: None) if log is None or rank() else log
+    for row in training.history: log(row)
+    yield log
+
 def _leave(training: Training, kept: Checkpoints, signum: int):
     "Within an epoch that cannot be kept: 1 is a checkpoint that is due, and waits."
     if signum > 1: raise Stopped(signum, f' in epoch {training.epoch + 1}, which the same command begins again; {kept}')
