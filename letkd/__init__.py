@@ -24,7 +24,7 @@ _names = dict(KDLayer='layer', supervised='layer', Distiller='distiller', create
               create_model='models', Experiment='experiments', KMeansPrototypes='prototypes',
               KernelPrototypes='prototypes', SubClasses='subclasses')
 _modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'checks', 'models', 'data',
-            'baselines', 'processes', 'checkpoints', 'meters', 'methods', 'training', 'experiments', 'tables', 'analysis', 'pictures',
+            'baselines', 'imports', 'processes', 'checkpoints', 'meters', 'methods', 'training', 'experiments', 'tables', 'analysis', 'pictures',
             'probes', 'published', 'bench', 'cli')
 
 __all__ = [*_names, *_modules]
