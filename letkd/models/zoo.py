@@ -19,7 +19,7 @@ from torch import nn
 from ..data.files import Pickled, read_tensors, read_torch
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
-from .others import timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
+from .others import own_names, own_network, timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
 from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
@@ -50,12 +50,13 @@ families = [
     Family('shufflenetv2', shufflenetv2, ('shufflenetv2',)),
     Family('torchvision/(.+)', torchvision_network, ('torchvision/resnet50',), torchvision_weights),
     Family('timm/(.+)', timm_network, ()),
+    Family(r'([A-Za-z_][\w.]*):([A-Za-z_]\w*)', own_network, ()),
 ]
 
 # %% ../../nbs/models/zoo.ipynb #76cee0cc
 def model_names() -> list: # of strings
-    "The networks in use; families contain more (any resnet of depth 6n+2 or 9n+2, of any width)."
-    return [name for family in families for name in family.examples]
+    "The networks in use and one's own; families contain more (any resnet of depth 6n+2 or 9n+2, of any width)."
+    return [name for family in families for name in family.examples] + own_names()
 
 def _argument(text):
     for read in (int, float):
@@ -202,6 +203,11 @@ _ANY = 7919  # classes that no network has, for the number of the file's
 def _known_shapes(name):
     with torch.device('meta'): return _shapes(_build(name, _ANY).state_dict())
 
+def _all_shapes(): # (name, shapes) pairs; a file of one's own may change, and its networks need not take so many classes
+    for name in model_names():
+        try: yield name, _known_shapes.__wrapped__(name) if ':' in name else _known_shapes(name)
+        except ValueError: pass
+
 def looks_like(
     state: dict # name -> tensor
 ) -> str:       # such as 'resnet20 with 10 classes', or '' where nothing known comes close
@@ -211,10 +217,10 @@ def looks_like(
     classes = shapes.get(_classifier(shapes), (0,))[0]
     if not 0 < classes < 10**6: return ''
     agreement = {}
-    for name in model_names():
-        known = {k: tuple(classes if n == _ANY else n for n in shape) for k, shape in _known_shapes(name).items()}
+    for name, any_shapes in _all_shapes():
+        known = {k: tuple(classes if n == _ANY else n for n in shape) for k, shape in any_shapes.items()}
         found = _own_names(known, shapes)
-        agreement[name] = len(known.items() & found.items()) / len(known.keys() | found.keys())
+        agreement[name] = len(known.items() & found.items()) / len(known.keys() | found.keys() or {''})
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
     share = '' if agreement[best] == 1 else f' ({agreement[best]:.0%} of all entries agree)'
@@ -294,7 +300,7 @@ def _insert_layers(model, state, alphas, source):
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
-    name: str,                           # a name of the field, such as 'resnet32x4'; `model_names()` lists those in use
+    name: str,                           # a name of the field, such as 'resnet32x4', or of one's own; `model_names()` lists those in use
     num_classes: int,                    # logits
     checkpoint: str | Path | None = None # file with its weights, in any format of `read_checkpoint`; torchvision's: or 'IMAGENET1K_V1'
 ) -> nn.Module:                          # on the CPU, in train mode
