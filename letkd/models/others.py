@@ -7,7 +7,7 @@ __all__ = ['unknown_network', 'torchvision_names', 'torchvision_network', 'torch
            'own_network']
 
 # %% ../../nbs/models/others.ipynb #d407a060
-import difflib, hashlib, importlib, inspect, socket, warnings
+import difflib, hashlib, importlib, inspect, socket
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
@@ -98,7 +98,7 @@ def timm_network(
     if not timm.is_model(name): raise unknown_network(f'timm/{name}', [f'timm/{n}' for n in timm.list_models()])
     return _out_of_place(timm.create_model(name, pretrained=False, num_classes=num_classes))
 
-# %% ../../nbs/models/others.ipynb #7873d119
+# %% ../../nbs/models/others.ipynb #c23b63bf
 def _takes_classes(made) -> bool: # anything
     "Can it be called with `num_classes`?"
     try: parameters = inspect.signature(made).parameters
@@ -111,17 +111,7 @@ def own_names() -> list: # of strings, as 'my_nets:tiny'
     return [f'{name}:{key}' for name, key, made in found if key[0] != '_' and callable(made)
             and getattr(made, '__module__', '') == name and _takes_classes(made)]
 
-# %% ../../nbs/models/others.ipynb #ee8ed7c9
-def _made(make, num_classes):
-    "A network; on the meta device if it can be made there."
-    if torch.get_default_device().type != 'meta': return make(num_classes=num_classes)
-    try:
-        with warnings.catch_warnings():  # weights of a file that go nowhere
-            warnings.simplefilter('ignore')
-            return make(num_classes=num_classes)
-    except Exception: pass  # it looks at its values
-    with torch.device('cpu'), torch.random.fork_rng(): return make(num_classes=num_classes)
-
+# %% ../../nbs/models/others.ipynb #a20cd851
 def own_network(
     module: str,     # of an imported file
     function: str,   # in it
@@ -134,7 +124,7 @@ def own_network(
     make, names = getattr(IMPORTED[module].module, function, None), ', '.join(own_names()) or 'none'
     if make is None: raise ValueError(f'{name}: found no {function} there; {expected}. Networks of imported files: {names}')
     if not callable(make) or not _takes_classes(make): raise ValueError(f'{name}: found {make!r:.60} without num_classes; {expected}')
-    try: model = _made(make, num_classes)
+    try: model = make(num_classes=num_classes)
     except Exception as error:
         raise ValueError(f'{name}: {fault(error, IMPORTED[module].folder)}, when it was called with num_classes={num_classes}') from error
     if not isinstance(model, nn.Module): raise ValueError(f'{name}: found {type(model).__name__} returned; {expected}')

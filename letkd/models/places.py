@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'places', 'natural', 'format_places']
 
-# %% ../../nbs/models/places.ipynb #ba357211
+# %% ../../nbs/models/places.ipynb #2520817c
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..taps import evaluating
 
-# %% ../../nbs/models/places.ipynb #352ffe09
+# %% ../../nbs/models/places.ipynb #95f02455
 @dataclass(frozen=True)
 class Place:
     "A module whose output is a map."
@@ -32,7 +32,7 @@ def _is_list(m: nn.Module) -> bool: # does it do nothing but hold others, or cal
 def _is_block(m: nn.Module, parent: Optional[nn.Module]) -> bool:
     return any(True for _ in m.children()) and not _is_list(m) and parent is not None and _is_list(parent)
 
-# %% ../../nbs/models/places.ipynb #aaadf1f4
+# %% ../../nbs/models/places.ipynb #91c0d635
 def _run(model: nn.Module, images: Tensor) -> list: # of (path, map), in order
     "What passes, without what cannot be tapped."
     calls, found, handles = Counter(), {}, []
@@ -56,7 +56,7 @@ def _outermost(maps: list) -> list: # of (path, map)
     last = {id(x): path for path, x in maps}
     return [(path, x) for path, x in maps if last[id(x)] == path]
 
-# %% ../../nbs/models/places.ipynb #e31ca994
+# %% ../../nbs/models/places.ipynb #612ebb69
 def _parent(path: str) -> str: return path.rpartition('.')[0]
 
 def _equals(path: str, blocks: dict) -> list: # blocks: {path: class}
@@ -75,7 +75,7 @@ def _first_block(model: nn.Module, maps: list, last: Tensor) -> str: # '' where 
     while level: first, level = level[0], _equals(level[0], blocks)
     return first if blocks else ''
 
-# %% ../../nbs/models/places.ipynb #5bb05596
+# %% ../../nbs/models/places.ipynb #b10d524b
 def _inside(model: nn.Module) -> set: # paths
     "What is inside blocks; stages are none."
     modules = dict(model.named_modules())
@@ -91,7 +91,7 @@ def places(model: nn.Module, # any network; its mode is left as it is
     "The places of a network at which a map passes."
     maps, modules, inside = _run(model, images), dict(model.named_modules()), _inside(model)
     outermost = _outermost(maps)
-    large = [(path, x) for path, x in outermost if _pixels(x) > 1] or outermost
+    large = [(path, x) for path, x in outermost if _pixels(x) > 1 and path not in inside] or outermost
     roles = {}
     if large:
         path, last = large[-1]
@@ -106,7 +106,7 @@ def natural(model: nn.Module, # any network
     "The two places where KD layers are put as a rule."
     return {place.role: place.tap for place in places(model, images) if place.role}
 
-# %% ../../nbs/models/places.ipynb #aca2d534
+# %% ../../nbs/models/places.ipynb #a27d936a
 def format_places(found: list,       # of `places`
                   inner: bool = False, # what is inside blocks too
                  ) -> str:           # several lines
