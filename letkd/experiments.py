@@ -494,7 +494,7 @@ def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict,
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 
-# %% ../nbs/21_experiments.ipynb #7e850b0e
+# %% ../nbs/21_experiments.ipynb #7d4f6422
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "A finished run, with a word if its files are others now."
     own = any(':' in (name or '') for name in (e.student, e.teacher)) or any(part.__module__ in IMPORTED for part in addends(e.method))
@@ -512,17 +512,21 @@ def _recommending(e: Experiment):
         raise type(error)(f'{said}; {_recommendation(e)}') from None
 
 def _recommendation(e: Experiment) -> str: # of taps
-    known, images = 'letkd taps NETWORK lists them', next(iter(DATASETS[e.dataset].batches(e.load(e.eval_split), 2)))[0]
+    unknown = [name for name in (e.student, e.teacher) if _places(name) is None] or [e.student]
+    known = ' and '.join(f'letkd taps {name}' for name in unknown) + ' lists them'
+    images = next(iter(DATASETS[e.dataset].batches(e.load(e.eval_split), 2)))[0]
     try: ours, theirs = (_natural(name, images) for name in (e.student, e.teacher))
     except ValueError: return known  # images of another size are needed
     pairs = {role: (ours[role], theirs[role]) for role in ('penultimate', 'intermediate') if role in ours and role in theirs}
     usual = ' '.join(f'--set {role}="{pair}"' for role, pair in pairs.items())
     return f'{known}; usual ones: {usual}' if usual else known
 
-def _natural(name: str, images: torch.Tensor) -> dict: # {role: tap}
+def _places(name: str) -> Optional[dict]: # {role: tap}; None where nobody has written it down
     try: return vars(places_of(name))
-    except ValueError: pass
-    with torch.random.fork_rng(): return natural(create_model(name, 2), images)
+    except ValueError: return None
+
+def _natural(name: str, images: torch.Tensor) -> dict: # {role: tap}
+    with torch.random.fork_rng(): return _places(name) or natural(create_model(name, 2), images)
 
 # %% ../nbs/21_experiments.ipynb #175d72d9
 def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Distiller: # a run that is done; where; on what

@@ -38,7 +38,7 @@ def experiment_of(record: dict # as `read_record` returns it
         return Experiment(**dict(settings, options=options))
     except (TypeError, KeyError, AttributeError, RecursionError) as e: raise ValueError(f'found settings of no experiment ({e})') from None
 
-# %% ../nbs/22_tables.ipynb #60987f8a
+# %% ../nbs/22_tables.ipynb #bd337472
 class Stranger(Experiment):
     "An experiment with names that are not known here: it is shown, and cannot be run."
     def __post_init__(self):
@@ -50,7 +50,7 @@ class Stranger(Experiment):
 @patch(as_prop=True)
 def changed(self: Stranger) -> dict: # {setting: value} of what is not the recipe's, and all options
     recipe = _settings(self.dataset, self.student, self.teacher or '', 'ce', {}) if self.dataset in DATASETS else _DEFAULT
-    found = {k: v for k, v in asdict(self).items() if k in recipe and k not in ('seed', 'method', 'options') and v != recipe[k]}
+    found = {k: v for k, v in asdict(self).items() if k in recipe and k not in ('seed', 'teacher', 'method', 'options') and v != recipe[k]}
     return found | self.options
 
 def shown(record: dict # as `read_record` returns it
@@ -254,7 +254,8 @@ def format_table(frame: pd.DataFrame, # of `summary`
     for title, rows in pairs_of(frame):
         cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
         blank = [heading for heading, column in cells.items() if 'perplexity' in heading and not any(column)]
-        notes = list(dict.fromkeys(line for note in rows.note for line in note.splitlines()))
+        notes = dict.fromkeys(line for note in rows.note for line in note.splitlines())
+        notes = [line for line in notes if not any(line != other and other.startswith(line) for other in notes)]
         blocks.append('\n\n'.join([block(title, cells.drop(columns=blank), style), *notes]))
     return '\n\n'.join([*blocks, NOTE])
 
@@ -290,4 +291,7 @@ def _dots(ax, title: str, rows: pd.DataFrame):
     sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none', markersize=5,
                   err_kws=dict(linewidth=2), ax=ax)
     ax.set(xlabel='', ylabel='')
-    ax.set_title(title, loc='left', fontsize='medium')
+    ax.set_yticks(ax.get_yticks(), [_short(text.get_text(), 40) for text in ax.get_yticklabels()])
+    ax.set_title(_short(title, 90), loc='left', fontsize='medium')
+
+def _short(text: str, length: int) -> str: return text if len(text) <= length else f'{text[:length - 1]}…'
