@@ -207,8 +207,9 @@ def slim(num_classes): return resnet(8, .25, num_classes=num_classes)
 """
 
 
-def test_names_of_ones_own_from_the_first_word_to_the_record(tmp_path):
-    "In processes of their own: a run, its table, the same run again, and once more without the file."
+def test_names_of_ones_own_from_the_first_word_to_the_record(tmp_path, capsys):
+    "In processes of their own: a run, and the same run again; then once more without the file."
+    from letkd.cli import main
     (tmp_path/'my_own.py').write_text(OWN)
     file, where = tmp_path/'my_own.py', ['--out', tmp_path/'runs']
     settings = {k: v for k, v in SMALL.items() if k != 'num_prototypes'} | dict(epochs=1)
@@ -221,9 +222,9 @@ def test_names_of_ones_own_from_the_first_word_to_the_record(tmp_path):
     assert record['command'].startswith(f'letkd --import {file} run digit_pairs/my_own:slim-resnet8x0.5/soft')
     again = letkd('reproduce', path, '--out', tmp_path/'again', '--quiet', '--import', file)
     assert again.returncode == 0 and 'equal to the last bit' in again.stdout, again.stderr
-    without = letkd('reproduce', path, '--out', tmp_path/'twice')
-    assert without.returncode == 2 and 'my_own.py, SHA-256' in without.stderr and 'was not imported' in without.stderr
-    assert without.stderr.count('\n') == 1 and not (tmp_path/'twice').exists()
+    assert main(['reproduce', str(path), '--out', str(tmp_path/'twice')]) == 2
+    error = capsys.readouterr().err
+    assert 'my_own.py, SHA-256' in error and 'was not imported' in error and error.count('\n') == 1 and not (tmp_path/'twice').exists()
 
 
 @pytest.mark.parametrize('text, says', [
