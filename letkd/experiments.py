@@ -494,7 +494,7 @@ def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict,
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 
-# %% ../nbs/21_experiments.ipynb #7d4f6422
+# %% ../nbs/21_experiments.ipynb #f9e92b66
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "A finished run, with a word if its files are others now."
     own = any(':' in (name or '') for name in (e.student, e.teacher)) or any(part.__module__ in IMPORTED for part in addends(e.method))
@@ -503,6 +503,7 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
         print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made again; delete it for a new run', file=sys.stderr)
     return record
 
+# %% ../nbs/21_experiments.ipynb #fc101a0e
 @contextmanager
 def _recommending(e: Experiment):
     try: yield

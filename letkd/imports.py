@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['IMPORTED', 'PACKAGES', 'Imported', 'versions', 'fault', 'load', 'forget']
 
-# %% ../nbs/14_imports.ipynb #5dd1a489
+# %% ../nbs/14_imports.ipynb #08b975a7
 import hashlib, importlib, importlib.util, os, sys, traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-# %% ../nbs/14_imports.ipynb #45ebae89
+# %% ../nbs/14_imports.ipynb #96eb9d45
 @dataclass
 class Imported:
     "A module that was imported for its methods or networks."
@@ -30,7 +30,7 @@ def versions() -> dict: # {file: SHA-256} and {'package NAME': version}; empty w
     files = {name: sha for found in IMPORTED.values() for name, sha in found.files.items()}
     return files | {f'package {name}': version for name, version in PACKAGES.items()}
 
-# %% ../nbs/14_imports.ipynb #2ad6088a
+# %% ../nbs/14_imports.ipynb #4382c845
 def _sha(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 def _neighbours(folder: Path, before: set) -> dict: # names of modules that were there before
@@ -41,7 +41,7 @@ def _neighbours(folder: Path, before: set) -> dict: # names of modules that were
     own = [p for p in paths if not any(part.endswith('-packages') for part in p.relative_to(folder).parts)]
     return {p.relative_to(folder).as_posix(): _sha(p.read_bytes()) for p in own}
 
-# %% ../nbs/14_imports.ipynb #9dc43cd0
+# %% ../nbs/14_imports.ipynb #d88f663f
 def fault(error: BaseException, # what came out of code of one's own
           folder: Path,         # where that code is
          ) -> str:              # one line
@@ -60,7 +60,7 @@ def _other(name: str, path: Path): # a file
     if found is None or file and Path(file).resolve() == path: return None
     return None if getattr(found, 'submodule_search_locations', None) and not file else file or 'a part of Python'
 
-# %% ../nbs/14_imports.ipynb #951f4f80
+# %% ../nbs/14_imports.ipynb #0533b664
 def _execute(given: str, path: Path, name: str, data: bytes) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     before, module = sys.modules.get(name), importlib.util.module_from_spec(spec)
@@ -72,6 +72,7 @@ def _execute(given: str, path: Path, name: str, data: bytes) -> ModuleType:
         raise ImportError(f'--import {given}: {fault(error, path.parent)}') from error
     return module
 
+# %% ../nbs/14_imports.ipynb #e9245c08
 def _load_file(given: str) -> Imported:
     path = Path(given).resolve()
     if not path.is_file(): raise FileNotFoundError(f'--import {given}: found no such file')
@@ -88,7 +89,7 @@ def _load_file(given: str) -> Imported:
     except ImportError: sys.path[:] = places; raise
     return Imported(given, module, files | _neighbours(path.parent, before) | {path.name: _sha(data)})
 
-# %% ../nbs/14_imports.ipynb #ae09ddf0
+# %% ../nbs/14_imports.ipynb #e241d742
 def _load_module(name: str) -> Imported:
     before = set(sys.modules)
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
@@ -106,7 +107,7 @@ def load(given: str, # path of a file that ends in .py, or the name of a module
     IMPORTED[found.module.__name__] = found
     return found.module
 
-# %% ../nbs/14_imports.ipynb #d44b7d1d
+# %% ../nbs/14_imports.ipynb #0a861a80
 def forget():
     "Take back all imports of files of one's own; what they have registered stays."
     own = {str(found.folder/file) for found in IMPORTED.values() for file in found.files}

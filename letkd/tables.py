@@ -38,7 +38,7 @@ def experiment_of(record: dict # as `read_record` returns it
         return Experiment(**dict(settings, options=options))
     except (TypeError, KeyError, AttributeError, RecursionError) as e: raise ValueError(f'found settings of no experiment ({e})') from None
 
-# %% ../nbs/22_tables.ipynb #bd337472
+# %% ../nbs/22_tables.ipynb #eb336a06
 class Stranger(Experiment):
     "An experiment with names that are not known here: it is shown, and cannot be run."
     def __post_init__(self):
@@ -177,6 +177,7 @@ def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
     found = [_note(shown(run), run.get('imported', {})) for run in runs.values()]
     return '\n'.join(dict.fromkeys(filter(None, found or [_note(pair, {})])))
 
+# %% ../nbs/22_tables.ipynb #c4429e3f
 def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row of the frame
     about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student,
                  split=pair.eval_split, settings=unusual(pair)[0])

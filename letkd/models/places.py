@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'places', 'natural', 'format_places']
 
-# %% ../../nbs/models/places.ipynb #2520817c
+# %% ../../nbs/models/places.ipynb #06a5d886
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..taps import evaluating
 
-# %% ../../nbs/models/places.ipynb #95f02455
+# %% ../../nbs/models/places.ipynb #01f024cf
 @dataclass(frozen=True)
 class Place:
     "A module whose output is a map."
@@ -32,7 +32,7 @@ def _is_list(m: nn.Module) -> bool: # does it do nothing but hold others, or cal
 def _is_block(m: nn.Module, parent: Optional[nn.Module]) -> bool:
     return any(True for _ in m.children()) and not _is_list(m) and parent is not None and _is_list(parent)
 
-# %% ../../nbs/models/places.ipynb #91c0d635
+# %% ../../nbs/models/places.ipynb #29226f56
 def _run(model: nn.Module, images: Tensor) -> list: # of (path, map), in order
     "What passes, without what cannot be tapped."
     calls, found, handles = Counter(), {}, []
@@ -56,7 +56,7 @@ def _outermost(maps: list) -> list: # of (path, map)
     last = {id(x): path for path, x in maps}
     return [(path, x) for path, x in maps if last[id(x)] == path]
 
-# %% ../../nbs/models/places.ipynb #612ebb69
+# %% ../../nbs/models/places.ipynb #84779c25
 def _parent(path: str) -> str: return path.rpartition('.')[0]
 
 def _equals(path: str, blocks: dict) -> list: # blocks: {path: class}
@@ -75,7 +75,7 @@ def _first_block(model: nn.Module, maps: list, last: Tensor) -> str: # '' where 
     while level: first, level = level[0], _equals(level[0], blocks)
     return first if blocks else ''
 
-# %% ../../nbs/models/places.ipynb #b10d524b
+# %% ../../nbs/models/places.ipynb #3147f9e6
 def _inside(model: nn.Module) -> set: # paths
     "What is inside blocks; stages are none."
     modules = dict(model.named_modules())
@@ -100,13 +100,14 @@ def places(model: nn.Module, # any network; its mode is left as it is
     return [Place(path, type(modules[path]).__name__, tuple(x.shape[1:]), path in inside, roles.get(path, ''))
             for path, x in maps if path in shown]
 
+# %% ../../nbs/models/places.ipynb #faa5b59d
 def natural(model: nn.Module, # any network
             images: Tensor,   # as for `places`
            ) -> dict:         # {'penultimate': tap, 'intermediate': tap}, as far as they are found
     "The two places where KD layers are put as a rule."
     return {place.role: place.tap for place in places(model, images) if place.role}
 
-# %% ../../nbs/models/places.ipynb #a27d936a
+# %% ../../nbs/models/places.ipynb #7d5cc178
 def format_places(found: list,       # of `places`
                   inner: bool = False, # what is inside blocks too
                  ) -> str:           # several lines

@@ -79,6 +79,7 @@ def _build(name, num_classes):
     family, arguments = _find(name)
     return family.build(*arguments, num_classes=num_classes)
 
+# %% ../../nbs/models/zoo.ipynb #6cdb2401
 def outline(
     name: str,       # as `create_model` reads it
     num_classes: int # logits
