@@ -24,17 +24,23 @@ def write_text(path, text: str): # any path; UTF-8
     with atomic(path) as part: part.write_text(text, encoding='utf-8')
 
 # %% ../nbs/17_checkpoints.ipynb #8c400011
-def _take(lock: FileLock, folder: Path):
+def _take(lock: FileLock, folder: Path, wait: bool):
     make_folder(folder)
     try: lock.acquire(timeout=0)
-    except Timeout: raise RuntimeError(f'{folder} is in use by another process; wait for it, or choose another folder') from None
+    except Timeout:
+        if not wait: raise RuntimeError(f'{folder} is in use by another process; wait for it, or choose another folder') from None
+        print(f'letkd: waiting for another process that is at work in {folder}', file=sys.stderr)
+        lock.acquire()
 
 @contextmanager
-def locked(folder) -> Iterator[Path]: # made if missing; the block gets it as a `Path`
-    "Hold a folder for this run; another one is refused."
+def locked(folder,               # made if missing; the block gets it as a `Path`
+           wait: bool = False,   # for another process that holds it, instead of an error
+           name: str = '.lock',  # of the lock's file
+          ) -> Iterator[Path]: # the folder
+    "Hold a folder, or what `name` stands for in it."
     folder = Path(folder)
-    lock = FileLock(folder/'.lock')
-    agreed(lambda: _take(lock, folder))
+    lock = FileLock(folder/name)
+    agreed(lambda: _take(lock, folder, wait))
     try: yield folder
     finally: lock.release()
 

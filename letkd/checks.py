@@ -695,7 +695,7 @@ def _order_of_templates_does_not_matter(case):
     layer, x, target, order = case.layer(), _random(2, 5, 3, 4), _probs(24, 7), torch.tensor([3, 0, 6, 1, 5, 2, 4])
     permuted = copy.deepcopy(layer)
     for name, t in permuted.state_dict().items():
-        if t.ndim: t.copy_(t[:, order] if name.endswith('semantics') else t[order])
+        if t.numel() > 1: t.copy_(t[:, order] if name.endswith('semantics') else t[order])
     (out, loss), (again, same) = layer(x, target), permuted(x, DenseTarget(target.probs[:, order]))
     _close(again.detach(), out.detach(), 1e-12, 'features')
     _close(same.detach(), loss.detach(), 1e-12, 'loss')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
+           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
@@ -22,17 +22,17 @@ from safetensors.torch import save
 
 # %% ../nbs/21_experiments.ipynb #21a00010
 import letkd
-from .checkpoints import write_text
+from .checkpoints import locked, write_text
 from .data.batches import PADDINGS, Augment, Batches
 from .data.cifar import cifar10, cifar100
 from .data.digit_pairs import digit_pairs
 from .data.files import atomic, read_json, read_tensors
 from .data.imagenet import PhotoBatches, Photos, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
-from .distiller import Distiller
+from .distiller import Distiller, Setup
 from .imports import IMPORTED, versions
 from .layer import KDLayer
-from .methods import METHODS, addends, create_terms, method_options, nearest
+from .methods import METHODS, addends, check_method, create_terms, method_options, nearest
 from .matching import perplexity
 from .meters import evaluate
 from .models import create_model
@@ -278,11 +278,13 @@ def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of t
     except ValueError: taps = {}  # networks of others: the user gives the taps
     return dict(taps, **entry.recipe) | entry.students.get(student, {}) | dict(options={k: v for o in options for k, v in o.items()})
 
+_WORDS = dict(true='True', false='False', none='None')  # of other languages
+
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
     if isinstance(text, str) and not isinstance(default, str) and key != 'teacher_checkpoint':  # of any name
-        try: value = ast.literal_eval(text)
+        try: value = ast.literal_eval(_WORDS.get(text.lower(), text))
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
     if None not in (default, value) and type(value) is not type(default):
@@ -364,11 +366,11 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    "Fit a module once for each key; where there are several processes, the first one does it for all."
+    "Fit a module once for each key, whoever asks: of several processes one does it, and the others wait."
     path = Path(folder)/f'{digest(key)}.safetensors'
     def fit():
         if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
-    agreed(fit)
+    with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
     load_module(module, path, key=json.dumps(key))
     return module
 
@@ -419,9 +421,24 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
                 steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
-# %% ../nbs/21_experiments.ipynb #f09112b9
+# %% ../nbs/21_experiments.ipynb #761fc2a6
+def seen(images # an `Images`, or `Photos`
+        ) -> dict: # height and width, mean and std in units of full intensity, names of the classes
+    "What a network has to know about images like these."
+    size = getattr(images, 'resolution', None)
+    size = [size, size] if size else list(images.images.shape[-2:])
+    return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
+
+# %% ../nbs/21_experiments.ipynb #21e1c001
 def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
+def _rehearse(e: Experiment, batches, device: torch.device):
+    "Refuse what cannot work before a teacher is trained for it."
+    if not addends(e.method): return
+    networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
+    check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
+
+# %% ../nbs/21_experiments.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
             out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
@@ -432,10 +449,13 @@ def prepare(e: Experiment,                # what to run
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
-    batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
+    batches = entry.batches(images, e.batch_size, _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed,
+                            share=(rank(), processes()))
+    plain = entry.batches(images, 500)
+    if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every)
     torch.manual_seed(e.seed)
-    student, plain = channels_last(create_model(e.student, len(images.classes)).to(device)), entry.batches(images, 500)
+    student = channels_last(create_model(e.student, len(images.classes)).to(device))
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
     fold_teacher(distiller)
@@ -463,6 +483,7 @@ def run(e: Experiment,                # what to run
         device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
         quiet: bool = False,          # no progress
         checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
+        wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     folder = Path(out)/e.folder
@@ -471,13 +492,15 @@ def run(e: Experiment,                # what to run
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
         with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every)
-        agreed(lambda: _announce(e, folder, quiet))
-        perplexities = _first_look(e, training.distiller, plain)
         images = e.load(e.eval_split)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
-        train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
-    made['data_hash'] = data_hash(plain.images, images)
-    return agreed(lambda: _finish(e, training, folder, perplexities, made))
+        with locked(folder, wait, '.run.lock'):
+            if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
+            agreed(lambda: _announce(e, folder, quiet))
+            perplexities = _first_look(e, training.distiller, plain)
+            train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every)
+            made['data_hash'] = data_hash(plain.images, images)
+            return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
@@ -490,7 +513,8 @@ def _announce(e: Experiment, folder: Path, quiet: bool):
     if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
 
 def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
-    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name)
+    images = seen(training.batches.images)
+    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name, images=images)
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
 
@@ -570,7 +594,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every) 
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
-        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every)
+        record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
     if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])

@@ -7,7 +7,7 @@ __all__ = ['evaluate', 'NonFiniteLoss', 'Meter', 'interactive', 'Progress']
 
 # %% ../nbs/18_meters.ipynb #3e7e0004
 import sys, time
-from typing import Iterable
+from typing import Callable, Iterable, Optional
 
 import torch
 from torch import nn
@@ -15,22 +15,25 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .processes import processes, summed
+from .taps import largest, logits_of, unpack
 
 # %% ../nbs/18_meters.ipynb #0de3c255
 @torch.no_grad()
 def evaluate(model: nn.Module,  # a classifier; its mode is restored
-             batches: Iterable, # of (images, labels, ...); of this process's share
+             batches: Iterable, # of what `letkd.taps.unpack` takes; of this process's share
+             output: Optional[Callable] = None, # finds the logits in what the model returns
             ) -> dict:          # top1 and top5 in percent, loss in nats
     "Accuracy and cross-entropy in eval mode."
     training, totals = model.training, torch.zeros(4, device=next(model.parameters(), torch.zeros(())).device)
     model.eval()
-    for images, labels, *_ in batches:
-        logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    for images, labels, _ in map(unpack, batches):
+        logits = logits_of(model(images), 'evaluate', output).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == largest(labels)[:, None]
         loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
         totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))])
     model.train(training)
     top1, top5, loss, n = summed(totals).tolist()
+    if not n: raise ValueError('evaluate: found no images; is it an iterator that was used up?')
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n)
 
 # %% ../nbs/18_meters.ipynb #34459af3
@@ -89,18 +92,19 @@ class Progress:
     def __init__(self, title: str, training, quiet: bool = False): # what is running; a `Training` to follow; say nothing
         self.title, self.training, self.quiet, self.start, self.done = title, training, quiet, time.time(), 0
         self.first, self.total = training.epoch * training.steps + training.meter.step, training.epochs * training.steps
-        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit='step', mininterval=.5,
+        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit=' steps', mininterval=.5,
                         disable=quiet or not interactive(), file=sys.stderr,
-                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}')
+                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left, {rate_noinv_fmt}{postfix}')
 
     def step(self): self.bar.update(); self.done += 1
 
     def epoch(self, row: dict): # the epoch's line of the history
+        number, seconds = f'epoch {row["epoch"]}/{self.training.epochs}', time.time() - self.start
         text = f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %' + (f', top-1 {row["top1"]:.1f} %' if 'top1' in row else '')
-        self.bar.set_postfix_str(text)
-        left = (time.time() - self.start) / max(self.done, 1) * (self.total - self.first - self.done)
+        self.bar.set_postfix_str(f'{number}, {text}')
+        left = seconds / max(self.done, 1) * (self.total - self.first - self.done)
         if self.bar.disable and not self.quiet:
-            print(f'{self.title}: epoch {row["epoch"]}/{self.training.epochs}, {text}, {_clock(left)} left', flush=True)
+            print(f'{self.title}: {number}, {text}, {self.done / max(seconds, 1e-3):.3g} steps/s, {_clock(left)} left', flush=True)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()

@@ -28,7 +28,7 @@ from .models.pairs import places_of
 from .prototypes import KMeansPrototypes, one_thread
 from .subclasses import SubClasses
 from .tables import block
-from .taps import capture, evaluating, insert, rows
+from .taps import as_maps, capture, evaluating, insert, rows
 from .checkpoints import write_text
 
 # %% ../nbs/25_probes.ipynb #68aa205b
@@ -37,9 +37,10 @@ def pooled(model: nn.Module,  # any network
            batches: Iterable, # of (images, labels, ...)
           ) -> tuple:         # ({tap: N x C}, N labels), NumPy arrays
     "The average over the places of the maps at the taps, in eval mode."
-    taps, found, labels = list(taps), [], []
+    taps, found, labels, layouts = list(taps), [], [], {}
     for images, y, *_ in batches:
         with evaluating(model), capture(model, taps) as maps: model(images)
+        maps = as_maps(model, maps, images, layouts)
         found.append([rows(maps[tap], (1, 1)).double().cpu() for tap in taps])
         labels.append(y.cpu())
     return {tap: torch.cat(x).numpy() for tap, x in zip(taps, zip(*found))}, torch.cat(labels).numpy()

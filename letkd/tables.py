@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from fastcore.basics import patch
 
+from .data.files import files_below
 from .experiments import _SHARED, DATASETS, Experiment, _check_fields, _network, _settings, read_record
 from .methods import addends, method_options
 
@@ -80,7 +81,7 @@ def _files(place: Path) -> list:
     if not place.is_dir():
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
-    return sorted(path for path in place.rglob('*.json') if path.name != 'config.json' and not path.name.startswith('bench'))
+    return [path for path in files_below(place) if path.suffix == '.json' and path.name != 'config.json' and not path.name.startswith('bench')]
 
 # %% ../nbs/22_tables.ipynb #0b4a3c70
 def _with(e: Experiment, **changes) -> Experiment: # a stranger may become known

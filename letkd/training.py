@@ -21,6 +21,7 @@ from .distiller import Distiller
 from .imports import versions
 from .meters import Meter, NonFiniteLoss, Progress, evaluate
 from .processes import agreed, from_first, gathered, highest, processes, rank
+from .taps import largest, unpack
 
 # %% ../nbs/20_training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
@@ -54,7 +55,7 @@ class Training:
                  nesterov: bool = True,      # Nesterov's momentum; False: plain
                 ):
         if schedule not in SCHEDULES: raise ValueError(f'schedule: found {schedule!r}; expected one of {", ".join(SCHEDULES)}')
-        self.distiller, self.batches, self.epochs, self.steps = distiller, batches, epochs, len(batches)
+        self.distiller, self.batches, self.epochs, self.steps = distiller, batches, epochs, _length(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
         self.optimiser = _sgd(parameters, lr, momentum, weight_decay, nesterov)
@@ -63,6 +64,21 @@ class Training:
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
         self.history, self.seconds, self.lr, self.conditions = [], 0., lr, [conditions(self.device)]
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # everyone's own dropout
+
+# %% ../nbs/20_training.ipynb #20e1c001
+def _length(batches) -> int:
+    "How many there are in an epoch; each epoch reads them anew."
+    try: n = len(batches)
+    except TypeError: n = None
+    if n: return n
+    raise ValueError(f'batches: found a {type(batches).__name__} ' + ('without a batch' if n == 0 else 'without a length') +
+                     '; expected a loader that knows how many batches an epoch has, and gives them anew in each')
+
+def _check_state(batches):
+    if hasattr(batches, 'state_dict') and hasattr(batches, 'load_state_dict'): return
+    raise TypeError(f'batches: found a {type(batches).__name__} without state_dict and load_state_dict, so nobody knows where '
+                    'a stopped run stood; expected letkd.data.batches.Batches, or a loader that has both, such as '
+                    'StatefulDataLoader of torchdata')
 
 # %% ../nbs/20_training.ipynb #20a10001
 @patch(as_prop=True)
@@ -137,13 +153,14 @@ def resume(self: Training, kept: Checkpoints): # of the run's folder
 
 # %% ../nbs/20_training.ipynb #20a10004
 @patch
-def step(self: Training, images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor): # a batch, or this process's share of it
+def step(self: Training, images: torch.Tensor, labels: torch.Tensor, # a batch, or this process's share of it
+         index: Optional[torch.Tensor] = None):                      # B, place in the training set
     "Forward, backward, and one step of optimiser and schedule."
     progress = (self.epoch + self.meter.step / self.steps) / self.epochs
     with self.autocast: logits, losses = self.model(images, labels, index, progress, (self.epoch + 1) / self.epochs)
     self.optimiser.zero_grad()
     sum(losses.values()).backward()
-    self.meter.add(losses, logits, labels)
+    self.meter.add(losses, logits, largest(labels))
     self.optimiser.step()
     self.lr, = self.schedule.get_last_lr()  # of this step; the schedule goes on to the next one's
     self.schedule.step()
@@ -154,7 +171,7 @@ def end_epoch(self: Training, test: Optional[Iterable] = None) -> dict: # batche
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr, seconds=round(self.seconds, 3))
     if test is not None:
         from_first(self.distiller.student.buffers())
-        row |= {k: v for k, v in evaluate(self.distiller.student, test).items() if k != 'loss'}
+        row |= {k: v for k, v in evaluate(self.distiller.student, test, self.distiller.output).items() if k != 'loss'}
     self.history.append(row)
     self.meter = Meter(self.steps, self.device)
     return row
@@ -166,8 +183,10 @@ def rest(self: Training) -> Iterator: # of batches
     self.distiller.train()
     start = time.time()
     for batch in self.batches if self.meter.step < self.steps else ():
-        yield batch
+        yield unpack(batch)
         self.seconds, start = self.seconds + time.time() - start, time.time()
+    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; expected a loader that can be read '
+                                             'anew in each epoch')
 
 @patch
 def wish(self: Training, own: int) -> int: # 0: none; 1: a checkpoint; else a signal's number
@@ -185,6 +204,7 @@ def train(training: Training,        # what to train
          ) -> list:                  # one dict an epoch: losses by name, train_top1, top1, top5, lr, seconds
     "Train to the last epoch, from the newest checkpoint in `folder` if there is one."
     every, kept = Every(checkpoint_every), Checkpoints(folder)
+    _check_state(training.batches)
     with locked(folder), Signals() as signals:
         training.resume(kept)
         with Progress(title, training, quiet or rank() > 0) as progress:

@@ -1,4 +1,5 @@
 "The command line as a user meets it: in processes of its own."
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,28 @@ def test_a_run_that_is_done_is_not_done_again(out):
     assert 'epoch' not in again.stdout.replace('last epoch', '')
 
 
+def test_a_student_leaves_for_others(out, tmp_path, capsys):
+    "From its own file alone, at another place, with no data and no record there."
+    import torch
+    from letkd.cli import main
+    path, record = record_of(out)
+    shutil.copy(path.with_name('student.safetensors'), tmp_path)
+    for run, to, more in ((path.parent, 'a.ts', []), (path, 'b.safetensors', []), (tmp_path/'student.safetensors', 'c.ts', ['--pixels'])):
+        assert main(['export', str(run), '--to', str(tmp_path/to), *more]) == 0
+        assert '13 classes the same' in capsys.readouterr().out
+    with torch.no_grad(): assert torch.jit.load(tmp_path/'c.ts')(torch.zeros(7, 3, 16, 16, dtype=torch.uint8)).shape == (7, 100)
+    for run, to, says in ((out, 'd.ts', 'found no student'), (path, 'd.pt', 'expected one of .pt2, .onnx'), (path, 'd', "found the ending ''")):
+        assert main(['export', str(run), '--to', str(tmp_path/to)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.startswith('letkd: ') and error.count('\n') == 1
+    assert {p.name for p in tmp_path.iterdir()} == {'student.safetensors', 'a.ts', 'b.safetensors', 'c.ts'}
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'letkd', '--version'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith('letkd ')
+
+
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler here')
 def test_the_teacher_may_run_compiled(tmp_path):
     losses = []
@@ -91,6 +114,17 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
         first.kill(); first.wait()
 
 
+def test_a_terminal_without_the_signs_of_a_table(tmp_path):
+    found = subprocess.run(command('table', 'cifar100', '--out', tmp_path/'none'), capture_output=True,
+                           env=dict(os.environ, PYTHONIOENCODING='cp1252'))
+    assert found.returncode == 0 and b'resnet56 ? resnet20' in found.stdout, found.stderr
+
+
+def test_bench_looks_at_its_file_first(tmp_path):
+    found = letkd('bench', '--quick', '--json', tmp_path)
+    assert found.returncode == 2 and 'is a folder; expected the name of a file' in found.stderr
+
+
 def test_table_of_what_was_run(out):
     table = letkd('table', 'digit_pairs', '--out', out)
     assert table.returncode == 0, table.stderr
@@ -114,6 +148,8 @@ def test_table_of_what_was_run(out):
     (['sweep', 'ablation/costs'], 'ablation/cost'),
     (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
     (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'], 'a number of steps such as 200'),
+    (['sweep', 'ablation/layers', '--jobs', '0'], '--jobs: found 0'),
+    (['demo', '--jobs', '-1'], '--jobs: found -1'),
     (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['run', 'digit_pairs/my_nets:tiny'], 'letkd --import my_nets.py'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
@@ -127,7 +163,7 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['taps', '--help']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['export', '--help'], ['taps', '--help']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
@@ -272,13 +308,77 @@ def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
     assert table in printed.out and 'published' in table and '(1)' in table
 
 
+MINIATURE = ['--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8',
+             *(word for pair in ('num_prototypes=16', 'epochs=1', 'teacher_epochs=1', 'train_size=1280') for word in ('--set', pair))]
+
+
+def hashes(out): return {str(p.relative_to(out)): json.loads(p.read_text())['student_hash'] for p in Path(out).rglob('record.json')}
+
+
+def test_two_runs_at_once_are_the_same_runs(tmp_path_factory, tmp_path, capsys):
+    "Those of one process, one by one, with as many threads."
+    import torch
+    from letkd.cli import main
+    one, two = tmp_path_factory.getbasetemp()/'studies', tmp_path/'two'
+    assert main(['sweep', 'ablation/clusters', '--out', str(one), '--quiet', *MINIATURE]) == 0
+    done = subprocess.run(command('sweep', 'ablation/clusters', '--out', two, '--jobs', 2, *MINIATURE), capture_output=True, text=True,
+                          timeout=600, env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())))
+    assert done.returncode == 0, done.stderr
+    assert capsys.readouterr().out.splitlines()[-9:-1] == done.stdout.splitlines()[-9:-1]
+    found, expected = hashes(two), hashes(one)
+    assert len(found) == 6 and found == {name: expected[name] for name in found}
+    assert done.stdout.index('6/6: ') < done.stdout.rindex('epoch 1/1') and 'steps/s' in done.stdout
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_students_of_a_teacher_that_failed_are_not_started(jobs, tmp_path, capsys):
+    from letkd.cli import main
+    from letkd.experiments import Experiment
+    teacher = Experiment.named('digit_pairs/resnet14', epochs=1, train_size=1280)
+    broken = tmp_path/teacher.folder/f'checkpoint-00000001-{hashlib.sha256(b"x").hexdigest()[:16]}.pt'
+    broken.parent.mkdir(parents=True)
+    broken.write_text('x')
+    assert main(['sweep', 'ablation/clusters', '--out', str(tmp_path), '--jobs', str(jobs), *MINIATURE]) == 2
+    said = capsys.readouterr().err
+    assert '1 of 6 runs failed, so 4 more did not start' in said and said.count('delete it') == 1 and f'{teacher.folder}: ' in said
+    assert [name.split('/')[1:3] for name in hashes(tmp_path)] == [['resnet8', 'ce']]
+
+
+def free(folder):  # is nobody at work there?
+    from filelock import FileLock, Timeout
+    try:
+        with FileLock(folder/'.run.lock', timeout=0): return True
+    except Timeout: return False
+
+
+def test_many_runs_stop_together_and_go_on(tmp_path):
+    "Killed, the parent leaves nobody behind; by Ctrl-C it ends in order; the same command then comes to its end."
+    words = command('sweep', 'ablation/clusters', '--dataset', 'digit_pairs', '--pair', 'resnet8-resnet8x0.5', '--out', tmp_path, '--jobs', 2, '--quiet',
+                    **dict(SMALL, epochs=6))
+    started = lambda: [p for p in tmp_path.rglob('.run.lock') if not free(p.parent)]
+    for number, code in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while len(started()) < 2 and time.time() < deadline: time.sleep(.02)
+        before = {p.parent for p in started()}
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code and 'Traceback' not in error, error
+        if number == signal.SIGINT: assert 'stopped by SIGINT' in error and 'goes on' in error
+        while started() and time.time() < deadline: time.sleep(.02)
+        assert len(before) == 2 and not started() and all(list(folder.glob('checkpoint-*.pt')) for folder in before)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(hashes(tmp_path)) == 6
+
+
 def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
     "Every part, in a few seconds; the file is JSON, and no record of a run."
     from letkd import bench
     from letkd.cli import main
     from letkd.tables import read_records
     tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
-                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6))
+                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6), settings=('letkd',))
     monkeypatch.setattr(bench, 'QUICK', tiny)
     assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
     record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out

@@ -173,6 +173,65 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
         if torch.is_tensor(x): torch.testing.assert_close(two['state'][name], x)
 
 
+# A student whose parameters are shards
+
+def sharded_steps(out, place):
+    "A student with KD layers, its parameters shared between two processes by FSDP, and taught by both."
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from letkd.layer import supervised
+    from letkd.processes import gathered, joined, rank
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        student, layers, images, targets = supervised_student()
+        mesh = init_device_mesh('cpu', (2,))
+        for layer in layers: fully_shard(layer, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        optimiser = torch.optim.SGD(student.parameters(), lr=.1)
+        for _ in range(2):
+            half = slice(2 * rank(), 2 * rank() + 2)
+            with supervised({layer: target(half) for layer, target in zip(layers, targets)}) as losses: logits = student(images[half])
+            (logits.square().mean() + sum(losses.values())).backward()
+            optimiser.step(); optimiser.zero_grad()
+        found = {name: p.full_tensor() for name, p in student.named_parameters()}
+        if not rank(): torch.save(found, Path(out)/'sharded.pt')
+        gathered(None)
+
+
+def supervised_student():
+    "With normalisations by their running statistics, so that halves of a batch are its parts."
+    import torch
+    from torch import nn
+    from letkd.layer import KDLayer
+    from letkd.matching import DenseTarget
+    from letkd.taps import insert
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()), nn.Flatten(), nn.Linear(6 * 16, 5))
+    layers = [KDLayer(6, 7), KDLayer(8, 4, alpha=0)]
+    for tap, layer in zip(('1', '1:input'), layers): insert(student, tap, layer)
+    layers[0].norm.eval()
+    probs = torch.rand(4, 16, 7).softmax(2), torch.rand(4, 36, 4).softmax(2)
+    return student, layers, torch.randn(4, 3, 8, 8), [lambda part, p=p: DenseTarget(p[part].flatten(0, 1)) for p in probs]
+
+
+def test_a_student_can_be_sharded(server, tmp_path):
+    import torch
+    import torch.distributed.fsdp as fsdp
+    if not hasattr(fsdp, 'fully_shard'): pytest.skip('PyTorch 2.6 or later')
+    from letkd.layer import supervised
+    assert together(server, sharded_steps, 2, str(tmp_path)) == [0, 0]
+    found = torch.load(tmp_path/'sharded.pt', weights_only=True)
+    student, layers, images, targets = supervised_student()
+    optimiser = torch.optim.SGD(student.parameters(), lr=.1)
+    for _ in range(2):
+        with supervised({layer: target(slice(4)) for layer, target in zip(layers, targets)}) as losses: logits = student(images)
+        (logits.square().mean() + sum(losses.values())).backward()
+        optimiser.step(); optimiser.zero_grad()
+    for name, p in student.named_parameters(): torch.testing.assert_close(found[name], p.detach(), msg=lambda m: f'{name}: {m}')
+
+
 # The command
 
 def records(out, method): return [json.loads(p.read_text()) for p in Path(out).rglob('record.json') if method in p.parts]

@@ -377,7 +377,7 @@ class Run:
     "A run's checkpoint, damaged, and as somebody may forge it: its name says the right checksum."
     def training(self):
         torch.manual_seed(0)
-        images = Images(torch.zeros(8, 3, 4, 4).byte(), torch.arange(8) % 2)
+        images = Images(torch.zeros(8, 3, 4, 4).byte(), torch.arange(8) % 2, mean=(0, 0, 0), std=(1, 1, 1))
         student = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2))
         return Training(Distiller(student, None, [CrossEntropy()]), Batches(images, 4, shuffle=True), 2)
 

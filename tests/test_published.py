@@ -138,7 +138,7 @@ SMALL = dict(num_prototypes=4, num_templates=4, num_dims=2, per_class=1, num_neg
 def images(dataset):
     size = dict(cifar100=32, tiny_imagenet=64, imagenet=64)[dataset]
     pixels = torch.randint(0, 256, (COUNT, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Images(pixels, torch.arange(COUNT) % CLASSES)
+    return Images(pixels, torch.arange(COUNT) % CLASSES, mean=(.5, .5, .5), std=(.3, .3, .3))
 
 
 @cache

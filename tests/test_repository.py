@@ -101,9 +101,9 @@ def test_nbdev_export_gives_the_modules(tree):
     assert not changed, f'run nbdev_export, these differ from their notebooks: {changed}'
 
 
-def test_only_inits_are_written_by_hand(files):
+def test_only_doors_are_written_by_hand(files):
     by_hand = [p.as_posix() for p in files if p.parts[0] == 'letkd' and p.suffix == '.py'
-               and p.name not in ('__init__.py', '_modidx.py') and not is_generated(ROOT/p)]
+               and p.name not in ('__init__.py', '__main__.py', '_modidx.py') and not is_generated(ROOT/p)]
     assert not by_hand, f'a module needs a notebook: {by_hand}'
 
 
@@ -336,7 +336,33 @@ def test_the_package_shows_what_matters():
     for name in letkd.__all__: assert getattr(letkd, name) is not None
     exported = {m.split('.')[1] for m in exporters()}
     assert exported == set(letkd._modules), 'letkd._modules lists the modules of the library'
+    for package in (letkd.models, letkd.data, letkd.baselines):
+        inside = {m.removeprefix(f'{package.__name__}.') for m in exporters() if m.startswith(f'{package.__name__}.')}
+        assert inside == set(package._modules) <= set(dir(package)), f'{package.__name__}._modules lists its modules'
+        with pytest.raises(AttributeError, match='no_such_name'): package.no_such_name
     with pytest.raises(AttributeError, match='no_such_name'): letkd.no_such_name
+
+
+def dotted(page):
+    "Names such as letkd.models.folding in the prose and code of a page; addresses and files are none."
+    return set(re.findall(r'(?<![\w/@.-])letkd(?:\.[A-Za-z_]\w*)+(?![\w/-]|\.(?:json|png|yml))', page))
+
+
+def test_names_in_prose_are_there():
+    "After `import letkd` alone, each in its turn, as a reader would type it."
+    pages = {'README.md': (ROOT/'README.md').read_text(encoding='utf-8'), **{n: markdown(n) for n in NOTEBOOKS},
+             **{p: (ROOT/p).read_text(encoding='utf-8') for p in MODULES}}
+    names = {name: page for page, text in pages.items() for name in dotted(text if page.endswith('.md') else re.sub(r'\]\([^)]*\)', ']', text))}
+    code = f"""import functools, letkd, sys
+for name in {sorted(names)!r}:
+    for module in [m for m in sys.modules if m.startswith('letkd.')]:
+        parent, _, child = module.rpartition('.')
+        vars(sys.modules[parent]).pop(child, None)
+    try: functools.reduce(getattr, name.split('.')[1:], letkd)
+    except AttributeError as e: print(name, e)"""
+    assert 'letkd.models.folding.fold_teacher' in names
+    lost = [f'{names[line.split()[0]]}: {line}' for line in run(code).splitlines()]
+    assert not lost, '\n'.join(lost)
 
 
 # Metadata
@@ -367,8 +393,9 @@ def test_dependencies_are_those_imported():
     used = {names.get(m, m) for m in used - set(sys.stdlib_module_names) - {'letkd'}}
     read = {m.split('.')[0] for n in NOTEBOOKS for _, source in cells(n, 'code') for m in imports(bare(source))}
     project = pyproject()['project']
-    base, dev = ({re.match(r'[\w-]+', d)[0] for d in ds}
-                 for ds in (project['dependencies'], project['optional-dependencies']['dev']))
+    extras = project['optional-dependencies']
+    assert 'letkd[onnx]' in extras['dev'], 'who develops has every extra'
+    base, dev = ({re.match(r'[\w-]+', d)[0] for d in ds} for ds in (project['dependencies'], extras['dev'] + extras['onnx']))
     assert not (lacking := sorted(used - base - dev)), f'letkd imports {lacking}: add them to the dependencies'
     unused = sorted(base - used - {names.get(m, m) for m in read})
     assert not unused, f'nothing imports {unused}: take them out of the dependencies'

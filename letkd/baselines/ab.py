@@ -31,7 +31,7 @@ def before_relu(model: nn.Module, # any network
                ) -> str:          # the input of the ReLU in which the stage ends; `tap` itself where its map has negative values
     "The tap of a stage's values before its ReLU."
     names = [name for name, m in resolve(model, tap).named_modules() if isinstance(m, (nn.ReLU, nn.ReLU6))] # ':input': none is met
-    last = '.'.join(filter(None, (tap, names[-1]))) if names and ':' not in tap else tap
+    last = '.'.join(filter(None, (tap, names[-1]))) if names and not {*':@'} & {*tap} else tap
     with evaluating(model):
         with capture(model, tap) as maps: model(images)
         if (maps[tap] < 0).any(): return tap
@@ -74,8 +74,10 @@ class ActivationBoundary(Term):
         super().__init__('ab', weight, *split_pairs(stages))
         self.connectors, self.alone, self.margin = nn.ModuleList(connectors), alone, margin
 
+    def silent(self, batch: Batch) -> bool: return is_over(self.alone, batch)
+
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        if is_over(self.alone, batch): return precise(maps.student_logits).new_zeros(())
+        if self.silent(batch): return precise(maps.student_logits).new_zeros(())
         loss = 0.
         for tap_s, tap_t, connect in zip(self.student_taps, self.teacher_taps, self.connectors):
             s, t = _map(maps.student[tap_s]), _map(maps.teacher[tap_t])
@@ -93,7 +95,7 @@ def ab(setup: Setup,               # what it is built for
        ab_weight: float = 1.,      # as the KD literature's common script
       ) -> list:                   # of terms
     "Activation boundaries [@heo2019ab]; cross-entropy should start where `alone` ends."
-    images = next(iter(setup.batches))[0][:2]
+    images = setup.first[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
     taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(boundaries))]
     shapes = [[setup.shape(name, tap) for tap in side] for (name, _), side in zip(sides, taps)]

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..distiller import Batch, Maps, Setup, Term
 from ..matching import precise, unit
-from ..taps import rows
+from ..taps import one_class, rows, unpack
 
 # %% ../../nbs/baselines/crd.ipynb #042bed04
 def nce(scores: Tensor, # B x (1+K), v.w / tau; the own image's first
@@ -64,7 +64,6 @@ def forward(self: Bank,
     if self.training: self.log_z.copy_(log_z)
     return nce(scores, log_z, len(known))
 
-
 # %% ../../nbs/baselines/crd.ipynb #a3ef49d7
 @patch
 @torch.no_grad()
@@ -91,14 +90,25 @@ class Others(nn.Module):
         return self.order[place + count * (place >= first)]
 
 # %% ../../nbs/baselines/crd.ipynb #23e25e26
+def _check_in_order(batches: Iterable, first: Tensor): # the images of the first batch, of a pass before
+    "Another pass begins with the same images."
+    if unpack(next(iter(batches)))[0].equal(first): return
+    raise ValueError('batches: found other images at the start of another pass and no index, so nobody knows which image is which; '
+                     'expected (images, labels, index), or a loader that neither shuffles nor augments')
+
 def training_labels(batches: Iterable # of (images, labels) or (images, labels, index)
                    ) -> Tensor:       # N
     "The label of each training image, in the order of their index."
-    labels, *index = map(torch.cat, zip(*(batch[1:3] for batch in batches)))
-    if not index: return labels
-    order = index[0].argsort()
-    if not torch.equal(index[0][order], torch.arange(len(order), device=order.device)):
-        low, high = index[0].min().item(), index[0].max().item()
+    first, labels, index = None, [], []
+    for images, y, places in map(unpack, batches):
+        labels.append(one_class(y)); index.append(places)
+        if first is None: first = images
+    labels = torch.cat(labels)
+    if index[0] is None: _check_in_order(batches, first); return labels
+    index = torch.cat(index)
+    order = index.argsort()
+    if not torch.equal(index[order], torch.arange(len(order), device=order.device)):
+        low, high = index.min().item(), index.max().item()
         raise ValueError(f'batches: found {len(order)} images with indices from {low} to {high}; expected each of 0 to {len(order) - 1} once')
     return labels[order]
 
@@ -132,8 +142,7 @@ def picks(self: Contrast, batch: Batch) -> Tensor: # B x (1+K), places in the tr
     generator, everyone = torch.Generator(batch.labels.device).manual_seed(self.step), _from_all(batch.index).sort().values
     u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device, dtype=torch.float64)
     rank = torch.searchsorted(everyone, batch.index)
-    return torch.cat([batch.index[:, None], self.others(batch.labels, u[rank])], 1)
-
+    return torch.cat([batch.index[:, None], self.others(batch.classes, u[rank])], 1)
 
 # %% ../../nbs/baselines/crd.ipynb #e3533706
 @patch

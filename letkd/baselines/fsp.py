@@ -40,8 +40,10 @@ class Flow(Term):
         self.alone = alone
         if len(stages) < 2: raise ValueError(f'fsp: found one stage {stages}; a flow needs two at least')
 
+    def silent(self, batch: Batch) -> bool: return is_over(self.alone, batch)
+
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        if is_over(self.alone, batch): return precise(maps.student_logits).new_zeros(())
+        if self.silent(batch): return precise(maps.student_logits).new_zeros(())
         s, t = ([x[tap] for tap in taps] for x, taps in ((maps.student, self.student_taps), (maps.teacher, self.teacher_taps)))
         flows = zip(map(flow, s, s[1:]), map(flow, t, t[1:]))
         return sum((ours - theirs).square().mean() for ours, theirs in flows)

@@ -7,6 +7,7 @@ __all__ = ['Projector', 'mean_classifier', 'behind', 'dropped', 'ReusedClassifie
 
 # %% ../../nbs/baselines/simkd.ipynb #aeda9472
 import copy
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from .at import paired_rows
 from ..distiller import Batch, Maps, Setup, Term
 from ..matching import precise
-from ..taps import capture, evaluating, replace, resolve, rows
+from ..taps import capture, evaluating, logits_of, replace, resolve, rows
 
 # %% ../../nbs/baselines/simkd.ipynb #a904ab96
 class Projector(nn.Sequential):
@@ -35,11 +36,12 @@ class Projector(nn.Sequential):
 def mean_classifier(model: nn.Module, # any classifier
                     tap: str,         # of its last feature map
                     images: Tensor,   # two or more
+                    output: Optional[Callable] = None, # finds the logits in what a network returns
                    ) -> str:          # module path
     "The path of the linear layer that turns the mean of the map at the tap into the logits."
     path = ([None] + [path for path, m in model.named_modules() if isinstance(m, nn.Linear)])[-1]
     if path is None: raise ValueError(f'simkd: found no nn.Linear in {type(model).__name__}; expected one that gives the logits')
-    with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps: logits = model(images)
+    with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps: logits = logits_of(model(images), tap, output)
     mean, read = rows(maps[tap], (1, 1)), maps[f'{path}:input']
     fits = torch.equal(maps[path], logits) and mean.shape == read.shape and torch.allclose(mean, read, rtol=1e-3, atol=1e-4)
     if fits: return path
@@ -100,12 +102,14 @@ def simkd(setup: Setup,             # what it is built for
           simkd_weight: float = 1., # factor in the total loss
          ) -> list:                 # of terms
     "The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the paper [@chen2022simkd]."
-    images, (penultimate, t) = next(iter(setup.batches))[0][:2], setup.penultimate
-    ours, theirs = mean_classifier(setup.student, penultimate, images), mean_classifier(setup.teacher, t, images)
+    images, taps = setup.first[0][:2], setup.penultimate
+    (penultimate, *_), (t, c_t, grid_t) = map(setup.place, ('student', 'teacher'), taps)
+    ours, theirs = (mean_classifier(model, tap, images, setup.output)
+                    for model, tap in ((setup.student, penultimate), (setup.teacher, t)))
     reused = copy.deepcopy(resolve(setup.teacher, theirs)).requires_grad_(False)
     found, expected = resolve(setup.student, ours).out_features, reused.out_features
     if found != expected: raise ValueError(f'simkd: found {found} classes in the student; the teacher has {expected}')
-    s = last[0] or penultimate
-    lost = dropped(setup.student, behind(setup.student, s, penultimate, images), ours, s, images)
-    (c_s, grid_s), (c_t, grid_t) = setup.shape('student', s), setup.shape('teacher', t)
+    s, c_s, grid_s = setup.place('student', last[0] or taps[0])
+    after = behind(setup.student, last[0] or taps[0], taps[0], images)
+    lost = dropped(setup.student, after, ours, s, images) if after else {}
     return [ReusedClassifier(s, t, Projector(c_s, c_t, grid_s, grid_t), {**lost, ours: reused}, simkd_weight)]

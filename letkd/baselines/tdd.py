@@ -134,7 +134,7 @@ class TreeDecisions(Term):
         loss = 0.
         for tap, tree, decide in zip(self.student_taps, self.trees, self.deciders):
             z = precise(decide(precise(rows(maps.student[tap], (1, 1)))))
-            loss = loss + F.cross_entropy(z, tree.coarse[batch.labels], 1 / tree.sizes.to(z.dtype))
+            loss = loss + F.cross_entropy(z, tree.coarse[batch.classes], 1 / tree.sizes.to(z.dtype))
         return loss
 
 # %% ../../nbs/baselines/tdd.ipynb #51ac1ca6
@@ -150,5 +150,5 @@ def tdd(setup: Setup,                # what it is built for
     "Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of the authors' CIFAR-10 example [@song2021tdd]."
     ours, theirs = split_pairs(stages)
     fit = lambda tap: setup.fit(DecisionTree(neighbours, threshold, by_classes), stream(setup.teacher, tap, setup.batches, (1, 1)))
-    channels = [setup.shape('student', tap)[0] for tap in ours]
+    channels, _ = ([setup.shape(side, tap)[0] for tap in taps] for side, taps in (('student', ours), ('teacher', theirs)))
     return [KD(tdd_kd_weight, temperature), TreeDecisions(ours, channels, [fit(tap) for tap in theirs], tdd_weight)]

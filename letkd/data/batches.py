@@ -19,8 +19,8 @@ class Images:
     labels: torch.Tensor  # int64, N, each in 0 .. len(classes) - 1
     parts: torch.Tensor | None = None  # uint8, N x H x W: the true part at every pixel, if it is known
     classes: list | tuple = ()  # names of the classes; empty: as many as the largest label asks for, named by number
-    mean: tuple = (0., 0., 0.)  # mean of the training split for each channel, in units of full intensity (0 .. 1)
-    std: tuple = (1., 1., 1.)  # standard deviation of the training split for each channel, same units
+    mean: tuple = ()  # mean of the training split for each channel, in units of full intensity (0 .. 1)
+    std: tuple = ()  # standard deviation of the training split for each channel, same units
 
     def __post_init__(self):
         if not len(self.classes) and torch.is_tensor(self.labels) and self.labels.numel():
@@ -67,10 +67,10 @@ def _check_images(x):
     lo, hi = int(x.labels.min()), int(x.labels.max())
     if lo < 0 or hi >= len(x.classes):
         raise ValueError(f'labels lie in {lo} .. {hi}, but there are {len(x.classes)} classes (0 .. {len(x.classes) - 1})')
-    for name in ('mean', 'std'):
+    for name in ('mean', 'std') if x.mean or x.std else ():
         if len(getattr(x, name)) != 3: raise ValueError(f'{name} must have 3 numbers, one a channel, found {getattr(x, name)}')
     if not np.isfinite(x.mean).all(): raise ValueError(f'mean must be finite in every channel, found {x.mean}')
-    if not (np.isfinite(x.std).all() and min(x.std) > 0): raise ValueError(f'std must be positive in every channel, found {x.std}')
+    if not (np.isfinite(x.std).all() and min(x.std, default=1) > 0): raise ValueError(f'std must be positive in every channel, found {x.std}')
 
 # %% ../../nbs/data/batches.ipynb #065c1817
 def _rank(labels):
@@ -116,6 +116,9 @@ def first(images,  # an `Images`, or what else has a length and `subset`
 # %% ../../nbs/data/batches.ipynb #2677214a
 def _stats(images, device):
     "Mean and std as 3 x 1 x 1 tensors, in units of one grey level."
+    if not images.mean:
+        raise ValueError('images: found no mean and std to normalise with; measure them once, '
+                         'mean, std = statistics(train.images), and give them to every split')
     return [255 * torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (images.mean, images.std)]
 
 def normalise(pixels,  # uint8, ... x 3 x H x W

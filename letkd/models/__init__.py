@@ -1,1 +1,7 @@
-from .zoo import create_model, model_names
+"""Networks of the field, and how they run fast."""
+from .. import _lazy
+
+_names = dict(create_model='zoo', model_names='zoo')
+_modules = ('resnet', 'wrn', 'resnet50', 'mobilenetv2', 'shufflenet', 'others', 'zoo', 'pairs', 'places', 'folding')
+
+__all__, __getattr__, __dir__ = _lazy(__name__, _names, _modules)

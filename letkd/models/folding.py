@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from ..layer import folded
+
 # %% ../../nbs/models/folding.ipynb #0cc30239
 def channels_last(model: nn.Module # any network; changed in place
                  ) -> nn.Module:   # the same
@@ -82,8 +84,8 @@ def _pairs(model: nn.Module) -> list: # of (path of the convolution, path of its
 def inference_form(model: nn.Module,         # any network, a teacher as a rule; left as it is
                    taps: Iterable[str] = (), # where maps will be read; only those between a convolution and its normalisation matter
                   ) -> nn.Module:            # a copy in eval mode, without gradients; the paths of its modules are the same
-    "The fastest form of a network that is not trained: normalisations folded (@eq-fold-norm), channels last."
-    model, taps = copy.deepcopy(model).eval().requires_grad_(False), set(taps)
+    "The fastest form of a network that is not trained: normalisations (@eq-fold-norm) and KD layers folded, channels last."
+    model, taps = folded(model).requires_grad_(False), {tap.partition('@')[0] for tap in taps}
     for conv, norm in _pairs(model):
         if taps & {conv, f'{norm}:input'}: continue
         (parent, _, name), first = norm.rpartition('.'), model.get_submodule(conv)

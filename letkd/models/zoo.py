@@ -267,6 +267,7 @@ def load_weights(
     "Load weights that fit, or say all that does not fit at once."
     own = model.state_dict()
     state = _own_names(own, state, source)
+    state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v for k, v in state.items()}
     state = {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **state}
     if wrong := _misfits(own, state):
         if n := _other_classes(own, state):

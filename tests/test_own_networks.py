@@ -1,0 +1,230 @@
+"Networks, loaders and loops of others: what works as with the library's own, and what is refused with a sentence."
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from letkd.checks import classifier
+from letkd.distiller import CrossEntropy, Distiller, KD, Term
+from letkd.experiments import Experiment, run
+from letkd.layer import KDLayer, supervised
+from letkd.fused import fused_kd_layer
+from letkd.matching import DenseTarget
+from letkd.methods import create_terms, method_options
+from letkd.taps import capture, insert
+
+SMALL = dict(num_prototypes=6, num_dims=3, per_class=2, num_negatives=8, neighbours=3, hint=('layer1', 'layer1'),
+             stages=(('layer1', 'layer1'), ('layer2', 'layer2')), stem=('layer1.0', 'layer1.0'),
+             boundaries=(('layer1', 'layer1'), ('layer2', 'layer2')))
+TAPS = dict(penultimate=('layer2', 'layer2'), intermediate=('layer1', 'layer1'))
+
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(20, 3, 8, 8, generator=generator), torch.arange(20) % 10, torch.arange(20 * i, 20 * i + 20)) for i in range(3)]
+
+
+def create(method, student, teacher, batches, **options):
+    torch.manual_seed(2)
+    options = {k: v for k, v in SMALL.items() if k in method_options(method)} | options
+    return create_terms(method, student, teacher, batches, **TAPS, **options)
+
+
+def networks():
+    torch.manual_seed(3)
+    return classifier(), classifier()
+
+
+def losses(distiller, *batch): return {k: v.item() for k, v in distiller(*batch)[1].items()}
+
+
+FORMS = {'a dictionary': lambda x, y, i: dict(image=x, label=y, index=i), 'of a processor': lambda x, y, i: dict(pixel_values=x, labels=y, idx=i.int()),
+         'numpy': lambda x, y, i: [x.numpy(), y.numpy().astype(np.uint8), i.numpy()], 'lists': lambda x, y, i: (list(x), y.tolist(), i.tolist()),
+         'a column': lambda x, y, i: (x, y[:, None].int(), i), 'one-hot': lambda x, y, i: (x, nn.functional.one_hot(y, 10), i)}
+
+
+@pytest.mark.parametrize('method', ['letkd2+kd', 'dkd', 'crd', 'tdd', 'ab', 'simkd'])
+def test_batches_of_any_form_fit_and_teach_the_same(method):
+    student, teacher = networks()
+    expected = Distiller(student, teacher, create(method, student, teacher, data())).eval()
+    before = losses(expected, *data()[0])
+    for form, change in FORMS.items():
+        batches = [change(*batch) for batch in data()]
+        assert losses(expected, batches[0]) == before, form
+        other, same_teacher = networks()
+        found = Distiller(other, same_teacher, create(method, other, same_teacher, batches)).eval()
+        assert losses(found, batches[0]) == pytest.approx(before, rel=1e-5), form
+
+
+@pytest.mark.parametrize('method', ['dkd', 'letkd_intermediate', 'crd', 'tdd'])
+def test_methods_that_need_a_class_take_the_largest_share(method):
+    student, teacher = networks()
+    distiller = Distiller(student, teacher, create(method, student, teacher, data())).eval()
+    x, y, index = data()[0]
+    hard, soft = losses(distiller, x, y, index), losses(distiller, x, .7 * nn.functional.one_hot(y, 10) + .03, index)
+    assert {k: v for k, v in soft.items() if k != 'ce'} == {k: v for k, v in hard.items() if k != 'ce'}
+    assert soft['ce'] != hard['ce']
+
+
+def test_mixed_images_are_no_training_set():
+    student, teacher = networks()
+    mixed = [(x, (nn.functional.one_hot(y, 10) + nn.functional.one_hot(y.flip(0), 10)) / 2) for x, y, _ in data()]
+    with pytest.raises(ValueError, match='without mixup'): create('letkd1', student, teacher, mixed)
+
+
+def test_crd_on_a_shuffled_loader_needs_an_index():
+    student, teacher = networks()
+    flat = [(x, y) for images, labels, _ in data() for x, y in zip(images, labels)]
+    with pytest.raises(ValueError, match='neither shuffles nor augments'): create('crd', student, teacher, DataLoader(flat, 10, shuffle=True))
+    assert len(create('crd', student, teacher, DataLoader(flat, 10))[1].bank_s.known) == 60
+
+
+# The teacher
+
+def exported(model, train=False):
+    x = data()[0][0]
+    return torch.export.export(model.train(train), (x,)).module()
+
+
+TEACHERS = {'a function': lambda t: (lambda x: t.eval()(x)), 'scripted': lambda t: torch.jit.script(t.eval()),
+            'compiled': lambda t: torch.compile(t, backend='eager'), 'exported': exported}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', TEACHERS)
+def test_teachers_of_any_form_give_logits(kind):
+    student, teacher = networks()
+    expected = losses(Distiller(student, teacher, [KD()]).eval(), *data()[0])
+    other = TEACHERS[kind](copy.deepcopy(teacher))
+    assert losses(Distiller(student, other, create('kd', student, other, data())[1:]).eval(), *data()[0])['kd'] == pytest.approx(.9 * expected['kd'], rel=1e-4)
+    with pytest.raises(ValueError, match=r"teacher: tap 'layer2': \w+ (was|has)"): create('letkd1', student, other, data())
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_teacher_exported_in_train_mode_is_refused():
+    student, teacher = networks()
+    with pytest.raises(ValueError, match='exported in train mode'): Distiller(student, exported(teacher, train=True), [KD()])
+
+
+def test_the_teacher_stays_in_eval_mode_whatever_its_owner_says():
+    student, teacher = networks()
+    owner = nn.ModuleDict(dict(teacher=teacher, distiller=Distiller(student, teacher, create('letkd1+kd', student, teacher, data()))))
+    before = copy.deepcopy(teacher.state_dict())
+    for part in (owner, teacher.layer1):
+        part.train()
+        sum(owner['distiller'](*data()[0])[1].values()).backward()
+        assert not any(m.training for m in teacher.modules()) and student.training
+    for key, value in teacher.state_dict().items(): assert value.equal(before[key]), key
+
+
+def test_a_shared_stem_is_named_and_a_shared_activation_is_none():
+    student, teacher = networks()
+    student.layer1[1] = teacher.layer1[1]
+    with pytest.raises(ValueError, match="'layer1.1'.*copy.deepcopy"): Distiller(student, teacher, [KD()])
+    student, teacher = networks()
+    student.layer1[0].weight = teacher.layer1[0].weight
+    with pytest.raises(ValueError, match="1 parameters that student and teacher share .'layer1.0.weight'"): Distiller(student, teacher, [KD()])
+    student, teacher = networks()
+    student.layer1[2] = teacher.layer1[2]  # a ReLU
+    Distiller(student, teacher, [KD()])
+
+
+# The student
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_an_engine_stands_around_the_distiller(group):
+    student, teacher = networks()
+    wrapped = DistributedDataParallel(student)
+    terms = create('letkd1', student, teacher, data())
+    terms[1].layers = {'module.layer2': terms[1].layers['layer2']}
+    with pytest.raises(ValueError, match=r"found a DistributedDataParallel.*\['penultimate'\].*DistributedDataParallel\(Distiller"):
+        Distiller(wrapped, teacher, terms)
+    assert not hasattr(student.layer2, 'kd_layer')
+    Distiller(wrapped, teacher, [CrossEntropy(), KD()])(*data()[0])  # nothing is trained beside it
+    student, teacher = networks()
+    engine = DistributedDataParallel(Distiller(student, teacher, create('letkd1', student, teacher, data())))
+    sum(engine(*data()[0])[1].values()).backward()
+    assert student.layer2.kd_layer.templates.grad is not None
+
+
+def test_a_constructor_that_fails_takes_its_layers_out_again():
+    student, teacher = networks()
+    terms = create('letkd2', student, teacher, data())
+    before, keys = [[*m._modules] for m in student.modules()], [*student.state_dict()]
+    insert(student.layer2, '1', nn.Identity())
+    terms[2].layers = {'layer2.1': terms[2].layers['layer2']}
+    with pytest.raises(ValueError, match='already has an? Identity'): Distiller(student, teacher.train(), terms)
+    assert [*student.state_dict()] == keys and teacher.training
+    assert not hasattr(student.layer1, 'kd_layer')
+
+
+@pytest.mark.parametrize('method', ['letkd2', 'quest', 'at', 'vid', 'fitnet'])
+def test_a_checkpointed_stage_teaches_as_any_other_or_is_refused(method):
+    def gradients(**options):
+        student, teacher = networks()
+        distiller = Distiller(student, teacher, create(method, student, teacher, data()))
+        if options:
+            stages = {name: getattr(student, name) for name in ('layer1', 'layer2')}
+            for stage in stages.values(): stage.forward = lambda x, run=stage.forward: checkpoint(run, x, **options)
+        sum(distiller(*data()[0])[1].values()).backward()
+        return {name: p.grad for name, p in student.named_parameters()}
+    plain, again = gradients(), gradients(use_reentrant=False)
+    for name, grad in plain.items(): torch.testing.assert_close(again[name], grad, msg=name)
+    with pytest.warns(UserWarning, match='None of the inputs'), pytest.raises(RuntimeError, match='use_reentrant=False'):
+        gradients(use_reentrant=True)
+
+
+def test_a_layer_in_tiles_is_taught_within_a_checkpoint():
+    layer, x, target = KDLayer(8, 512).double(), torch.randn(2, 8, 16, 16).double(), DenseTarget(torch.randn(512, 512).double().softmax(1))
+    assert layer._function(x.movedim(1, -1).reshape(-1, 8)) is fused_kd_layer
+    grads = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        twin, v = copy.deepcopy(layer), x.clone().requires_grad_()
+        with supervised({twin: target}) as found: out = run(twin, v)
+        (out.square().sum() + 3 * found[twin]).backward()
+        grads.append([v.grad, *(p.grad for p in twin.parameters())])
+    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+
+
+class Stages(nn.Module):
+    "Runs its children in a loop, and so does a helper of its own."
+    def __init__(self): super().__init__(); self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+    def run(self, x): return [x := m(x) for m in self.children()][-1]
+    def forward(self, x): return self.run(x)
+
+
+def test_a_layer_in_a_looping_module_runs_once():
+    calls, network = [], nn.Sequential(Stages(), nn.Flatten(), nn.Linear(4 * 64, 10))
+    layer = KDLayer(4, 5)
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    term = Term('free', teacher=False, layers={'0': layer})
+    term.silent, term.forward = lambda batch: True, lambda maps, batch: maps.student_logits.new_zeros(())
+    distiller = Distiller(network, None, [CrossEntropy(), term]).eval()
+    distiller(*data()[0])
+    assert len(calls) == 1
+    with capture(network, '0') as maps: network(data()[0][0])
+    with capture(network, '0.b') as inner: network(data()[0][0])
+    torch.testing.assert_close(maps['0'], layer(inner['0.b']))
+
+
+def test_a_slip_in_a_tap_is_found_before_the_teacher_is_trained(tmp_path):
+    e = Experiment.named('digit_pairs/resnet14-resnet8/at', train_size=128, epochs=1, teacher_epochs=1,
+                         stages=(('layer1', 'layer1'), ('layer5', 'layer6')))
+    with pytest.raises(ValueError, match="found 2 faults\n- student: .*'layer5'.*\n- teacher: .*'layer6'"): run(e, tmp_path, 'cpu', quiet=True)
+    assert not list(tmp_path.rglob('*.safetensors'))
