@@ -27,7 +27,7 @@ _names = dict(KDLayer='layer', supervised='layer', Distiller='distiller', create
               create_model='models', Experiment='experiments', KMeansPrototypes='prototypes',
               KernelPrototypes='prototypes', SubClasses='subclasses', export='shipping')
 _modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'checks', 'models', 'data',
-            'baselines', 'jobs', 'processes', 'checkpoints', 'meters', 'methods', 'training', 'experiments', 'tables', 'analysis', 'pictures',
+            'baselines', 'imports', 'jobs', 'processes', 'checkpoints', 'meters', 'methods', 'training', 'experiments', 'tables', 'analysis', 'pictures',
             'probes', 'published', 'bench', 'shipping', 'cli')
 
 

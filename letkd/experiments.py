@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
-import ast, hashlib, json, math, platform, re, shlex, subprocess, time, warnings
+import ast, hashlib, json, math, platform, re, shlex, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -31,13 +31,16 @@ from .data.folders import folder, folder_batches, folder_identity
 from .data.imagenet import PhotoBatches, Photos, ResizedCrop, imagenet
 from .data.tiny_imagenet import tiny_imagenet
 from .distiller import Distiller, Setup
+from .imports import IMPORTED, versions
 from .layer import KDLayer
 from .methods import METHODS, addends, check_method, create_terms, method_options, nearest
 from .matching import perplexity
 from .meters import LOGS, check_log, evaluate
 from .models import create_model
 from .models.folding import channels_last, fold_teacher
-from .models.pairs import pair_taps
+from .models.pairs import pair_taps, places_of
+from .models.places import natural
+from .models.zoo import outline
 from .processes import agreed, processes, rank
 from .taps import capture, grid_of, insert, resolve
 from .training import SCHEDULES, Training, conditions, train
@@ -112,7 +115,7 @@ _ORIGINAL_PHOTOS = dict(dkd=dict(batch_size=512, lr=.2)) # and of a method on Im
 
 def _original(dataset: str, method: str) -> dict: # {field: value} of the paper that a row of this method comes from
     parts, pads = method.split('+'), getattr(DATASETS[dataset].augment, 'pad', 0) != 0
-    own = {} if set(parts) & set(_LETKD) else {k: v for part in parts for k, v in ORIGINAL[part].items() if k != 'padding' or pads}
+    own = {} if set(parts) & set(_LETKD) else {k: v for part in parts for k, v in ORIGINAL.get(part, {}).items() if k != 'padding' or pads}
     if dataset == 'imagenet': own |= _ORIGINAL_PHOTOS.get(method, {})
     return own | ({} if DATASETS[dataset].recipe.get('teacher_checkpoint') or method == 'ce' else dict(teacher_recipe='original'))
 
@@ -188,6 +191,8 @@ def _check_fields(e: Experiment):
         if not _taps(getattr(e, key), ('', '')): raise _misfit(key, getattr(e, key), 'two taps, of student and teacher')
 
 def _check_options(e: Experiment, known: dict): # {option: default}
+    if both := known.keys() & {f.name for f in fields(e)}:
+        raise ValueError(f'method {e.method}: found an option {min(both)}, which every run has as a setting; expected a name of its own')
     for key, value in e.options.items():
         if key not in known: raise nearest(f'option of {e.method}', key, known)
         if not _fits(value, type(known[key])): raise _misfit(key, value, type(known[key]))
@@ -213,8 +218,14 @@ def _check_normalisation(e: Experiment):
 
 # %% ../nbs/21_experiments.ipynb #915ebdae
 @lru_cache
+def _outline(name: str, imported: str) -> nn.Module: return outline(name, 2) # imported: what is in one's own files
+
 def _network(name: str) -> nn.Module: # without weights: an unknown network or tap is refused here, not after an hour of training the teacher
-    with torch.device('meta'): return create_model(name, 2)
+    return _outline(name, str(versions()) if ':' in name else '')
+
+def _resolve(name: str, tap: str):
+    try: resolve(_network(name), tap)
+    except KeyError as error: raise KeyError(f'{error.args[0]}; letkd taps {name} lists them') from None
 
 def _check_data(e: Experiment):
     if DATASETS[e.dataset].identity:
@@ -227,10 +238,10 @@ def _check(e: Experiment):
     _check_data(e)
     if e.padding != 'reflect' and not getattr(DATASETS[e.dataset].augment, 'pad', 0) != 0:
         raise ValueError(f'padding: found {e.padding!r}; the images of {e.dataset} are not padded')
-    networks = [_network(network) for network in filter(None, (e.student, e.teacher))]
+    for network in filter(None, (e.student, e.teacher)): _network(network)
     for taps in (e.penultimate, e.intermediate) if e.teacher else ():
         if taps not in (Experiment.penultimate, Experiment.intermediate):  # given, or of the pair
-            for network, tap in zip(networks, taps): resolve(network, tap)
+            for network, tap in zip((e.student, e.teacher), taps): _resolve(network, tap)
     if addends(e.method) and not e.teacher:
         raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
     _check_options(e, method_options(e.method))
@@ -313,7 +324,7 @@ def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `I
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
-    return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if addends(self.method) else self.student, self.method])
+    return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if self.method != 'ce' else self.student, self.method])
 
 # %% ../nbs/21_experiments.ipynb #95cada61
 @patch(as_prop=True)
@@ -326,7 +337,7 @@ def changed(self: Experiment) -> dict: # {setting: value} of everything that is 
 @patch(as_prop=True)
 def folder(self: Experiment) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
     told = self.changed | _identity(self)
-    return f'{self.name}/seed{self.seed}' + (f'-{digest(told)[:8]}' if told else '')
+    return f'{self.name}/seed{self.seed}'.replace(':', '.') + (f'-{digest(told)[:8]}' if told else '')
 
 def _identity(e: Experiment) -> dict: # what stands for the path of its data
     return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
@@ -419,8 +430,9 @@ def data_hash(*splits) -> str: # of `Images`, or of `Photos`, whose files are no
 @patch(as_prop=True)
 def command(self: Experiment) -> str: # for a shell
     "What makes this run."
+    imports = [f'--import {shlex.quote(found.given)}' for found in IMPORTED.values()]
     settings = [f'--set {shlex.quote(f"{k}={v}")}' for k, v in self.changed.items()]
-    return ' '.join(['letkd run', self.name, f'--seed {self.seed}', *settings])
+    return ' '.join(['letkd', *imports, 'run', self.name, f'--seed {self.seed}', *settings])
 
 # %% ../nbs/21_experiments.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
@@ -527,11 +539,11 @@ def run(e: Experiment,                # what to run
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     check_log(log)
     folder = Path(out)/e.folder
-    if done := agreed(lambda: _finished(folder)): return done
+    if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     if e.sync_bn and _device(device).type != 'cuda':
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
     with torch.random.fork_rng():
-        training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
+        with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
         images = e.load(e.eval_split)
         _check_classes(e, plain.images, images)
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
@@ -566,6 +578,41 @@ def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict,
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name, images=images)
     write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
     return read_record(folder/'record.json')
+
+# %% ../nbs/21_experiments.ipynb #f9e92b66
+def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
+    "A finished run, with a word if its files are others now."
+    own = any(':' in (name or '') for name in (e.student, e.teacher)) or any(part.__module__ in IMPORTED for part in addends(e.method))
+    then, now = record.get('imported', {}), versions()
+    if own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
+        print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made again; delete it for a new run', file=sys.stderr)
+    return record
+
+# %% ../nbs/21_experiments.ipynb #fc101a0e
+@contextmanager
+def _recommending(e: Experiment):
+    try: yield
+    except (KeyError, ValueError) as error:
+        said = str(error.args[0])
+        if 'has no module' not in said or 'letkd taps' in said: raise
+        raise type(error)(f'{said}; {_recommendation(e)}') from None
+
+def _recommendation(e: Experiment) -> str: # of taps
+    unknown = [name for name in (e.student, e.teacher) if _places(name) is None] or [e.student]
+    known = ' and '.join(f'letkd taps {name}' for name in unknown) + ' lists them'
+    images = next(iter(DATASETS[e.dataset].batches(e.load(e.eval_split), 2)))[0]
+    try: ours, theirs = (_natural(name, images) for name in (e.student, e.teacher))
+    except ValueError: return known  # images of another size are needed
+    pairs = {role: (ours[role], theirs[role]) for role in ('penultimate', 'intermediate') if role in ours and role in theirs}
+    usual = ' '.join(f'--set {role}="{pair}"' for role, pair in pairs.items())
+    return f'{known}; usual ones: {usual}' if usual else known
+
+def _places(name: str) -> Optional[dict]: # {role: tap}; None where nobody has written it down
+    try: return vars(places_of(name))
+    except ValueError: return None
+
+def _natural(name: str, images: torch.Tensor) -> dict: # {role: tap}
+    with torch.random.fork_rng(): return _places(name) or natural(create_model(name, 2), images)
 
 # %% ../nbs/21_experiments.ipynb #175d72d9
 def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Distiller: # a run that is done; where; on what
@@ -622,10 +669,11 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, 
 def _cache(e: Experiment, out, made: dict) -> Callable:
     "How `create_terms` fits a supervision: from the cache where it can."
     def fit(supervision, rows):
-        settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float)) and not k.startswith('_') and k != 'training'}
+        settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('_') and k != 'training'}
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
         key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
+        if not type(supervision).__module__.startswith('letkd.'): key |= dict(imported=versions())
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
 
@@ -656,10 +704,11 @@ def read_record(path) -> dict: # a record.json
 # %% ../nbs/21_experiments.ipynb #21a00005
 _CONDITIONS = ('device', 'threads', 'processes', 'deterministic', 'system', 'commit', 'data_hash', 'teacher_hash')
 
+def _flat(record: dict) -> dict: return {k: record.get(k) for k in _CONDITIONS} | record.get('versions', {}) | record.get('imported', {})
+
 def differences(record: dict, again: dict) -> list: # two records; returns lines, 'what: one, other'
     "What made two records differ, as far as they say."
-    flat = lambda r: {k: r.get(k) for k in _CONDITIONS} | r.get('versions', {})
-    one, other = flat(record), flat(again)
+    one, other = _flat(record), _flat(again)
     found = [f'{k}: {one[k]}, now {other.get(k)}' for k in one if one[k] is not None and one[k] != other.get(k)]
     dirty = ['the tree had changes that are in no commit'] if record.get('dirty') or again.get('dirty') else []
     unsteady = ['the conditions changed while it ran'] if not (record.get('steady', True) and again.get('steady', True)) else []

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 import letkd
 from .experiments import RECIPES, Experiment
 from .methods import method_options, nearest
-from .tables import block, experiment_of, new_figure, row_of, unusual
+from .tables import block, new_figure, row_of, shown, unusual
 
 # %% ../nbs/26_published.ipynb #2ee432aa
 def published(dataset: str = '', # such as 'cifar100'; all where empty
@@ -48,7 +48,7 @@ _NUMBERS = ('n', 'last', 'last_sd', 'best')
 def _ours(frame: pd.DataFrame, dataset: str, recipe: str) -> pd.DataFrame:
     columns = ['pair', 'method', 'metric', *_NUMBERS]
     if frame.empty: return pd.DataFrame(columns=columns).astype({k: float for k in _NUMBERS})
-    fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.teacher != '') & (frame.options == '') & (frame.n > 0)]
+    fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.teacher != '') & (frame.options == '') & (frame.n > 0) & (frame.note == '')]
     fair = fair.assign(pair=fair.teacher + '-' + fair.student)
     fair = fair[[row.settings == _recipe_words(dataset, row.pair, row.method, recipe) for row in fair.itertuples()]]
     return pd.concat([fair.rename(columns=names).assign(metric=metric).reindex(columns=columns) for metric, names in _OURS.items()])
@@ -187,7 +187,7 @@ def beside_study(name: str,         # 'ablation/layers' and the like
                 ) -> pd.DataFrame:  # the columns of `beside`, and `options`
     "An ablation's rows with published and our figures."
     (about, short), ours = _study(name), {}
-    for r in records: ours.setdefault(row_of(experiment_of(r)), []).append(r)
+    for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
     theirs = pd.concat([published('cifar100', s) for s in ('', *ABLATIONS, short)]).drop_duplicates(['pair', 'method', 'options', 'metric'], keep='last')
     rows = [dict(pair=where, method=method, options=options, metric=metric, **_measured(ours.get(row_of(e), []), metric),
                  key=_words(there.changed), fair=(dataset or 'cifar100', pair or where, e.changed) == ('cifar100', where, there.changed))

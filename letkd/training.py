@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
 from .distiller import Distiller
+from .imports import versions
 from .meters import Meter, NonFiniteLoss, Progress, evaluate
 from .processes import agreed, from_first, gathered, highest, processes, rank
 from .taps import largest, unpack
@@ -117,7 +118,8 @@ def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
 def conditions(device: torch.device) -> dict: # of a run on it
     "What the last bits of a run depend on, besides its state."
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    return dict(device=name, threads=torch.get_num_threads(), processes=processes(), torch=str(torch.__version__))
+    own = dict(imported=found) if (found := versions()) else {}  # files with methods and networks of one's own
+    return dict(device=name, threads=torch.get_num_threads(), processes=processes(), torch=str(torch.__version__), **own)
 
 def _processor() -> str:
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
@@ -128,7 +130,7 @@ def _note(self: Training, before: list): # conditions so far
     now, last = self.conditions[-1], before[-1]
     if now == last: self.conditions = before; return
     self.conditions = [*before, now]
-    changed = ', '.join(f'{k} {last[k]} before and {now[k]} now' for k in now if now[k] != last[k])
+    changed = ', '.join(f'{k} {last.get(k)} before and {now.get(k)} now' for k in {**last, **now} if now.get(k) != last.get(k))
     if not rank(): print(f'letkd: going on, but not to the same bits as without the stop: {changed}', file=sys.stderr)
 
 # %% ../nbs/20_training.ipynb #e39addd1

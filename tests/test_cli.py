@@ -151,6 +151,7 @@ def test_table_of_what_was_run(out):
     (['sweep', 'ablation/layers', '--jobs', '0'], '--jobs: found 0'),
     (['demo', '--jobs', '-1'], '--jobs: found -1'),
     (['reproduce', 'nowhere.json'], 'nowhere.json'),
+    (['run', 'digit_pairs/my_nets:tiny'], 'letkd --import my_nets.py'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
@@ -162,11 +163,17 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['export', '--help'], ['run', '--names']])
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'], ['table', '--help'], ['reproduce', '--help'], ['export', '--help'], ['taps', '--help']])
 def test_help(args, capsys):
     from letkd.cli import main
     with pytest.raises(SystemExit) as left: main(args)
     assert left.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_names_need_no_name(capsys):
+    from letkd.cli import main
+    assert main(['run', '--names']) == 0
+    assert 'letkd2' in (said := capsys.readouterr().out) and 'weight_decay' in said
 
 
 def test_help_does_not_wait_for_torch():
@@ -183,9 +190,8 @@ def test_what_no_data_can_fill_is_refused_with_both_numbers(out, capsys):
 
 
 @pytest.mark.parametrize('change, says', [
-    (dict(settings=dict(colour='red')), "found settings ['colour']"), (dict(settings=dict(method='letkd7')), 'nearest: letkd'),
-    (dict(settings=dict(options=dict(taus=1.))), 'nearest: tau'), (dict(settings=dict(dataset='cifar1000')), 'nearest: cifar100'),
-    (dict(settings=None), 'not a record of this version')])
+    (dict(settings=dict(colour='red')), "found settings ['colour']"), (dict(settings=dict(dataset='cifar1000')), 'found the record of digit_pairs'),
+    (dict(settings=dict(method='a|b')), "found the name 'a|b'"), (dict(settings=None), 'not a record of this version')])
 def test_a_record_of_another_version_is_named(change, says, out, tmp_path, capsys):
     from letkd.cli import main
     path, record = record_of(out)
@@ -195,6 +201,77 @@ def test_a_record_of_another_version_is_named(change, says, out, tmp_path, capsy
     assert main(['table', 'digit_pairs', '--out', str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert says in error and 'record.json' in error and error.count('\n') == 1
+
+
+def renamed(record, **settings):
+    "A record as somebody else may have it, under names that are not known here."
+    s = record['settings'] | settings
+    name = '/'.join([s['dataset'], f"{s['teacher']}-{s['student']}", s['method']])
+    return record | {k: s[k] for k in ('dataset', 'teacher', 'student', 'method')} | dict(name=name, settings=s)
+
+
+@pytest.mark.parametrize('settings, dataset, note', [
+    (dict(method='letkd7'), 'digit_pairs', 'the method letkd7'), (dict(method='mine+kd', options=dict(scale=2.)), 'digit_pairs', 'the method mine+kd'),
+    (dict(options=dict(taus=1.)), 'digit_pairs', 'nearest: tau'), (dict(student='my_nets:tiny'), 'digit_pairs', 'the student my_nets:tiny'),
+    (dict(teacher='resnet7'), 'digit_pairs', 'the teacher resnet7'), (dict(dataset='birds'), 'birds', 'the data set birds'),
+    (dict(teacher='timm/nothing', method='mine'), 'digit_pairs', 'the teacher timm/nothing, the method mine')])
+def test_a_strange_record_is_shown_among_the_others(settings, dataset, note, out, tmp_path, capsys):
+    from letkd.cli import main
+    shutil.copytree(out, tmp_path/'runs')
+    _, record = record_of(out)
+    (tmp_path/'runs'/'strange.json').write_text(json.dumps(renamed(record, **settings)))
+    for style in [], ['--markdown'], ['--figure', str(tmp_path/'figure.png')]:
+        assert main(['table', dataset, '--out', str(tmp_path/'runs'), *style]) == 0
+        said = capsys.readouterr().out
+        assert 'Not known here' in said and note in said and (settings.get('method', 'letkd1')) in said
+        assert (f'{record["top1_last"]:.1f} (1)' in said) and 'nan' not in said
+    assert (tmp_path/'figure.png').stat().st_size > 5000
+    for study in ('cifar100', 'ablation/layers'): assert main(['table', study, '--out', str(tmp_path/'runs')]) == 0
+    assert main(['reproduce', str(tmp_path/'runs'/'strange.json'), '--out', str(tmp_path/'again')]) == 2
+
+
+OWN = """
+import letkd
+from letkd.distiller import KD
+from letkd.models.resnet import resnet
+
+@letkd.methods.register(ce=.5)
+def soft(setup, softness=2.):
+    return [KD(softness)]
+
+def slim(num_classes): return resnet(8, .25, num_classes=num_classes)
+"""
+
+
+def test_names_of_ones_own_from_the_first_word_to_the_record(tmp_path, capsys):
+    "In processes of their own: a run, and the same run again; then once more without the file."
+    from letkd.cli import main
+    (tmp_path/'my_own.py').write_text(OWN)
+    file, where = tmp_path/'my_own.py', ['--out', tmp_path/'runs']
+    settings = {k: v for k, v in SMALL.items() if k != 'num_prototypes'} | dict(epochs=1)
+    done = letkd('--import', file, 'run', 'digit_pairs/my_own:slim-resnet8x0.5/soft', *where, '--quiet', **settings)
+    assert done.returncode == 0, done.stderr
+    path, = (p for p in (tmp_path/'runs').rglob('record.json') if 'soft' in p.parts)
+    record = json.loads(path.read_text())
+    assert ':' not in str(path.relative_to(tmp_path)) and record['teacher'] == 'my_own:slim' and record['settings']['options'] == dict(softness=2.)
+    assert list(record['imported']) == ['my_own.py'] and len(record['imported']['my_own.py']) == 64
+    assert record['command'].startswith(f'letkd --import {file} run digit_pairs/my_own:slim-resnet8x0.5/soft')
+    again = letkd('reproduce', path, '--out', tmp_path/'again', '--quiet', '--import', file)
+    assert again.returncode == 0 and 'equal to the last bit' in again.stdout, again.stderr
+    assert main(['reproduce', str(path), '--out', str(tmp_path/'twice')]) == 2
+    error = capsys.readouterr().err
+    assert 'my_own.py, SHA-256' in error and 'was not imported' in error and error.count('\n') == 1 and not (tmp_path/'twice').exists()
+
+
+@pytest.mark.parametrize('text, says', [
+    ('x = 1\ny = z', "broken.py, line 2: NameError: name 'z' is not defined"), ('def f(:', 'broken.py, line 1: SyntaxError'),
+    ('import letkd\n@letkd.methods.register("kd")\ndef f(setup): return []', "broken.py, line 2: ValueError: method 'kd': found the name taken")])
+def test_a_file_that_cannot_be_imported_is_one_clear_line(text, says, tmp_path, capsys):
+    from letkd.cli import main
+    (tmp_path/'broken.py').write_text(text)
+    assert main(['run', 'digit_pairs/resnet20', '--out', str(tmp_path/'runs'), '--import', str(tmp_path/'broken.py')]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith('letkd: --import') and error.count('\n') == 1 and not (tmp_path/'runs').exists()
 
 
 def test_the_cost_of_a_layer_needs_no_run(capsys):

@@ -43,7 +43,7 @@ def places_of(name: str # as `create_model` reads it
     fits = [places for pattern, places in PLACES.items() if re.fullmatch(pattern, name)]
     if fits: return fits[-1]
     raise ValueError(f'{name}: nobody has written down where methods look in this network; give the taps, '
-                     "such as penultimate=('layer3', 'features')")
+                     f"such as penultimate=('layer3', 'features'). letkd taps {name} lists them")
 
 # %% ../../nbs/models/pairs.ipynb #192b802a
 def pair_taps(student: str, # a name, as `create_model` reads it
