@@ -538,7 +538,8 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> flo
     said, chance = f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, {e.eval_split}', 100 / len(images.classes)
     if not quiet and rank() == 0: print(said, flush=True)
     if top1 < min(3 * chance, (100 + chance) / 2):
-        warnings.warn(f"{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation='imagenet', say), "
+        other = "None, the data set's own" if e.teacher_normalisation else "'imagenet', say"
+        warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation={other}), '
                       'its classes stand in another order, it learned from another data set, or it computes otherwise under the same names')
     return top1
 

@@ -139,7 +139,7 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
            **about,            # what else the file should say, such as classes=[...]; what JSON can hold
           ) -> dict:           # how well file and student agree: difference (over the largest logit), same, images
     "Write a student for others, KD layers folded, once it is known to compute what the student computes."
-    path = Path(path)
+    path, student = Path(path), getattr(student, '_orig_mod', student)  # what a compiled network was compiled from
     images = _checked(student, images, mean, std)
     write, read = _form(path, images.dtype == torch.uint8)
     model, batches = folded(student).cpu().requires_grad_(False), _batches(images)
