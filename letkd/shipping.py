@@ -196,6 +196,7 @@ def _student_file(run) -> Path: # a run's folder, its record.json or its student
     if path.suffix == '.safetensors' and path.exists(): return path
     raise FileNotFoundError(f'{run}: found no student; expected the folder of a finished run, its record.json or its student.safetensors')
 
+# %% ../nbs/shipping.ipynb #ed7dceeb
 def _experiment(path: Path): # a run's student.safetensors
     from letkd.tables import experiment_of
     return experiment_of(read_record(path.with_name('record.json')))
