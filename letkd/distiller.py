@@ -341,7 +341,8 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
 # %% ../nbs/08_distiller.ipynb #8e1c0b06
 def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a parameter's name, or nothing
     "The first parameter that can be trained of a module that is called before a map comes by its tap."
-    found, layers, done, at = [], set(d.layers.values()), [], resolve(d.student, tap)
+    found, done, at = [], [], resolve(d.student, tap)
+    layers = {m for layer in d.layers.values() for m in layer.modules()}
     def begin(module, path):
         own = [] if done or module in layers else module.named_parameters(recurse=False)
         found.extend(f'{path}.{name}'.lstrip('.') for name, p in own if p.requires_grad)

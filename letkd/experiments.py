@@ -42,7 +42,7 @@ from .models.pairs import pair_taps, places_of
 from .models.places import natural
 from .models.zoo import outline
 from .processes import agreed, processes, rank
-from .taps import capture, grid_of, insert, resolve
+from .taps import Placed, capture, grid_of, insert, resolve
 from .training import SCHEDULES, Training, conditions, train
 
 # %% ../nbs/21_experiments.ipynb #a3d5c849
@@ -109,7 +109,7 @@ DATASETS = {
 # %% ../nbs/21_experiments.ipynb #4eba354d
 RECIPES = ('letkd', 'original')
 _SCRIPT = dict(padding='zeros', nesterov=False, drop_last=False) # the common script, and the code of DKD, SimKD and TDD
-_LETKD = ('quest', 'letkd1', 'letkd2', 'letkd_intermediate', 'layer') # parts that letKD's authors trained
+_LETKD = ('quest', 'letkd1', 'letkd2', 'letkd_intermediate', 'layer', 'layer2') # parts that letKD's authors trained
 ORIGINAL = {method: {} if method in _LETKD else _SCRIPT for method in ('ce', *METHODS)} # {method: fields}
 _ORIGINAL_PHOTOS = dict(dkd=dict(batch_size=512, lr=.2)) # and of a method on ImageNet
 
@@ -368,7 +368,8 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
 def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
-    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs it
+    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs both
+    if layout := {at: str(m.layout) for at, m in module.named_modules() if isinstance(m, Placed)}: about['layout'] = layout
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
     with atomic(path) as part: part.write_bytes(data)
@@ -646,7 +647,8 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> flo
     said, chance = f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, {e.eval_split}', 100 / len(images.classes)
     if not quiet and rank() == 0: print(said, flush=True)
     if top1 < min(3 * chance, (100 + chance) / 2):
-        warnings.warn(f"{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation='imagenet', say), "
+        other = "None, the data set's own" if e.teacher_normalisation else "'imagenet', say"
+        warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation={other}), '
                       'its classes stand in another order, it learned from another data set, or it computes otherwise under the same names')
     return top1
 

@@ -164,7 +164,7 @@ def hear(self: Jobs):
     worker, what = self.told.get()
     if 'bar' in what: self.board.show(worker.place, what['bar'])
     if 'line' in what:
-        if worker.last is not None: self.board.say(worker.last)
+        if worker.last: self.board.say(worker.last)
         worker.last = what['line']
     if 'code' in what: self.note(worker, what['code'], worker.last or f'it ended with code {what["code"]}')
     if 'gone' in what:

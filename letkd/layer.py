@@ -150,11 +150,13 @@ class Losses(dict):
     "{layer: its loss}; `cut` lists the layers that were given a map without a gradient."
     def __init__(self): super().__init__(); self.cut = []
 
+def _line(layer: KDLayer) -> str: return f'KDLayer({layer.extra_repr()})'  # its `str` has several
+
 class _Supervision:
     "What a layer holds inside `with supervised(...)`: its target, and where its loss goes."
     def __init__(self, target, losses: Losses): self.target, self.losses = target, losses
     def add(self, layer: KDLayer, loss: Tensor, reaches: bool):
-        if layer in self.losses: raise RuntimeError(f'supervised: {layer} was reached twice in one block; it has one target. '
+        if layer in self.losses: raise RuntimeError(f'supervised: {_line(layer)} was reached twice in one block; it has one target. '
                                                     'Run the student once in each block')
         self.losses[layer] = loss
         if not reaches: self.losses.cut.append(layer)
@@ -162,11 +164,11 @@ class _Supervision:
 # %% ../nbs/04_layer.ipynb #4e1c0a03
 def _check_supervised(targets: dict, losses: Losses):
     "Every layer was reached, and its loss has a gradient where there are any."
-    if missed := [str(l) for l in targets if l not in losses]:
+    if missed := [_line(l) for l in targets if l not in losses]:
         raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. Is it inserted into the student, '
                            'and did the student run within the block?')
     if not torch.is_grad_enabled(): return
-    if dead := [str(l) for l, loss in losses.items() if not loss.requires_grad and l.templates.requires_grad]:
+    if dead := [_line(l) for l, loss in losses.items() if not loss.requires_grad and l.templates.requires_grad]:
         raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so its loss would teach nothing. Does it '
                            'stand within torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), or within '
                            'torch.no_grad?')
@@ -176,7 +178,7 @@ def supervised(targets: dict) -> Iterator[Losses]: # {layer: its loss}, filled w
     "Within this block each layer of `targets` (a dict layer: target) is supervised once, wherever it stands."
     for layer in targets:
         if not isinstance(layer, KDLayer): raise TypeError(f'supervised: found {type(layer).__name__} as a key; expected a KDLayer')
-        if layer._supervision is not None: raise RuntimeError(f'supervised: {layer} is supervised by a block around this one')
+        if layer._supervision is not None: raise RuntimeError(f'supervised: {_line(layer)} is supervised by a block around this one')
     losses = Losses()
     try:
         for layer, target in targets.items(): layer._supervision = _Supervision(target, losses)

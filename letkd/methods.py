@@ -26,7 +26,7 @@ from .baselines.vid import vid
 from .distiller import (CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1, letkd2, letkd_intermediate,
                              named, quest, raise_all)
 from .imports import PACKAGES
-from .taps import resolve
+from .taps import as_maps, capture, evaluating, resolve
 
 # %% ../nbs/19_methods.ipynb #ed24e070
 METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd,
@@ -157,6 +157,18 @@ def _unknown(setup: Setup, taps: Iterable) -> list: # (side, tap) pairs
     known = [(side, getattr(setup, side), tap) for side, tap in taps if getattr(setup, side) is not None]
     return [e for side, model, tap in known for e in named(side, attempted(resolve, model, tap))]
 
+# %% ../nbs/19_methods.ipynb #2ee4535f
+def _unread(setup: Setup, terms: list) -> Iterator[Exception]:
+    "Taps of the terms at which no map can be read, such as one that names a layout that does not fit."
+    for side in ('student', 'teacher'):
+        model, taps = getattr(setup, side), {tap for t in terms for tap in getattr(t, f'{side}_taps')}
+        for tap in sorted(taps) if model is not None and not attempted(lambda: setup.first) else ():
+            images = setup.first[0][:2]
+            def read():
+                with evaluating(model), capture(model, tap) as maps: model(images)
+                as_maps(model, maps, images)
+            yield from named(side, attempted(read))
+
 # %% ../nbs/19_methods.ipynb #19e1c004
 def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
     "Labels and logits of both networks, as far as there is a batch."
@@ -181,7 +193,7 @@ def check_method(method: str,  # a row's name
         for part in addends(method):
             found, built = _rehearse(part, setup, {k: v for k, v in options.items() if k in inspect.signature(part).parameters})
             faults, terms = faults + found, terms + built
-        if not faults and terms: faults += _other_classes(setup, terms)
+        if not faults and terms: faults += [*_other_classes(setup, terms)] or _unread(setup, terms)
     raise_all(method, faults)
 
 # %% ../nbs/19_methods.ipynb #7bbb186e

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import letkd
 from .data.files import atomic, read_tensors
-from .experiments import read_record, seen
+from .experiments import load_run, read_record, seen
 from .layer import FoldedKDLayer, folded
 from .models import create_model
 from .taps import evaluating
@@ -127,7 +127,7 @@ def _by_student(student: nn.Module, mean, std) -> Callable: # images on the proc
         with evaluating(student), torch.backends.cudnn.flags(enabled=True, allow_tf32=False): out = student(x.to(device))
         if isinstance(out, Tensor) and out.ndim == 2: return out.cpu()
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f'export: {type(student).__name__} returns {shape}; expected logits, B x classes')
+        raise TypeError(f'export: {type(student).__name__} returns {shape}; expected logits, B x classes: put it into a module that returns them, such as network(images).logits')
     return logits
 
 # %% ../nbs/shipping.ipynb #64e02333
@@ -139,7 +139,7 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
            **about,            # what else the file should say, such as classes=[...]; what JSON can hold
           ) -> dict:           # how well file and student agree: difference (over the largest logit), same, images
     "Write a student for others, KD layers folded, once it is known to compute what the student computes."
-    path = Path(path)
+    path, student = Path(path), getattr(student, '_orig_mod', student)  # what a compiled network was compiled from
     images = _checked(student, images, mean, std)
     write, read = _form(path, images.dtype == torch.uint8)
     model, batches = folded(student).cpu().requires_grad_(False), _batches(images)
@@ -196,17 +196,29 @@ def _student_file(run) -> Path: # a run's folder, its record.json or its student
     if path.suffix == '.safetensors' and path.exists(): return path
     raise FileNotFoundError(f'{run}: found no student; expected the folder of a finished run, its record.json or its student.safetensors')
 
+# %% ../nbs/shipping.ipynb #ed7dceeb
+def _experiment(path: Path): # a run's student.safetensors
+    from letkd.tables import experiment_of
+    return experiment_of(read_record(path.with_name('record.json')))
+
+def _student(path: Path, about: dict) -> nn.Module:
+    "From its file alone; one of SimKD holds parts of its teacher, and is made again from its run."
+    try: return create_model(about['model'], len(about['images']['classes']), checkpoint=path)
+    except ValueError:
+        if 'simkd' not in about.get('name', '') or not path.with_name('record.json').exists(): raise
+    e = _experiment(path)
+    return load_run(e, path.absolute().parents[len(Path(e.folder).parts)]).student
+
 def trained(run   # a run's folder, its record.json or its student.safetensors
            ) -> tuple: # (the student with its KD layers in eval mode, what its file says: model, name, images …)
     "The student of a finished run, wherever it was trained."
     path = _student_file(run)
-    about = json.loads(read_tensors(path)[1].get('about', '{}'))
+    about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
     if 'model' not in about: raise ValueError(f'{path}: found no word about its network; expected the student.safetensors of a run')
     if 'images' not in about:  # of an older version
-        from letkd.tables import experiment_of
-        e = experiment_of(read_record(path.with_name('record.json')))
+        e = _experiment(path)
         about['images'] = seen(e.load(e.eval_split))
-    return create_model(about['model'], len(about['images']['classes']), checkpoint=path).eval(), about
+    return _student(path, about).eval(), about
 
 # %% ../nbs/shipping.ipynb #9c52029c
 def export_run(run,                   # a run's folder, its record.json or its student.safetensors

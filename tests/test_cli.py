@@ -73,6 +73,18 @@ def test_a_student_leaves_for_others(out, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {'student.safetensors', 'a.ts', 'b.safetensors', 'c.ts'}
 
 
+def test_a_student_with_parts_of_its_teacher_leaves_too(out, tmp_path, capsys):
+    from letkd.cli import main
+    name, settings = NAME.replace('letkd1', 'simkd'), {k: v for k, v in SMALL.items() if k != 'num_prototypes'}
+    assert main(['run', name, '--out', str(out), '--quiet', *(w for k, v in settings.items() for w in ('--set', f'{k}={v}'))]) == 0
+    path, = Path(out, name).glob('*/student.safetensors')
+    assert main(['export', str(path.parent), '--to', str(tmp_path/'a.ts')]) == 0
+    assert '13 classes the same' in capsys.readouterr().out
+    shutil.copy(path, tmp_path)
+    assert main(['export', str(tmp_path/path.name), '--to', str(tmp_path/'b.ts')]) == 2  # no teacher there
+    assert 'only its maker knows' in capsys.readouterr().err
+
+
 def test_the_package_is_the_command():
     done = subprocess.run([sys.executable, '-m', 'letkd', '--version'], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith('letkd ')

@@ -17,6 +17,7 @@ from letkd.layer import KDLayer, supervised
 from letkd.fused import fused_kd_layer
 from letkd.matching import DenseTarget
 from letkd.methods import create_terms, method_options
+from letkd.models.folding import fold_teacher
 from letkd.taps import capture, insert
 
 SMALL = dict(num_prototypes=6, num_dims=3, per_class=2, num_negatives=8, neighbours=3, hint=('layer1', 'layer1'),
@@ -106,7 +107,10 @@ def test_teachers_of_any_form_give_logits(kind):
     student, teacher = networks()
     expected = losses(Distiller(student, teacher, [KD()]).eval(), *data()[0])
     other = TEACHERS[kind](copy.deepcopy(teacher))
-    assert losses(Distiller(student, other, create('kd', student, other, data())[1:]).eval(), *data()[0])['kd'] == pytest.approx(.9 * expected['kd'], rel=1e-4)
+    distiller = Distiller(student, other, create('kd', student, other, data())[1:]).eval()
+    for fold in (lambda d: None, fold_teacher):
+        fold(distiller)
+        assert losses(distiller, *data()[0])['kd'] == pytest.approx(.9 * expected['kd'], rel=1e-4)
     with pytest.raises(ValueError, match=r"teacher: tap 'layer2': \w+ (was|has)"): create('letkd1', student, other, data())
 
 

@@ -49,6 +49,7 @@ def atomic(path,             # the final name; its folder is made
         raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)}; free some, or choose another place', str(path)) from None
     finally: part.unlink(missing_ok=True)
 
+# %% ../../nbs/data/files.ipynb #d2fde5f8
 def make_folder(folder: Path): # and those above it
     "Make a folder that can be written to, or say why there is none."
     try: folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,9 @@ def inference_form(model: nn.Module,         # any network, a teacher as a rule;
                    taps: Iterable[str] = (), # where maps will be read; only those between a convolution and its normalisation matter
                   ) -> nn.Module:            # a copy in eval mode, without gradients; the paths of its modules are the same
     "The fastest form of a network that is not trained: normalisations (@eq-fold-norm) and KD layers folded, channels last."
-    model, taps = folded(model).requires_grad_(False), {tap.partition('@')[0] for tap in taps}
+    model, taps = folded(model), {tap.partition('@')[0] for tap in taps}
+    if isinstance(model, torch.jit.ScriptModule): return model  # a program: its modules stay as they are
+    model.requires_grad_(False)
     for conv, norm in _pairs(model):
         if taps & {conv, f'{norm}:input'}: continue
         (parent, _, name), first = norm.rpartition('.'), model.get_submodule(conv)

@@ -278,12 +278,14 @@ def load_weights(
     return model
 
 # %% ../../nbs/models/zoo.ipynb #b3758c51
-def _alphas(path) -> dict: # {path of a KD layer: its alpha}, as far as the file says
-    if Path(path).suffix != '.safetensors': return {}
+def _said(path) -> tuple: # ({path of a KD layer: its alpha}, {path of what was inserted: its layout}), as far as the file says
+    if Path(path).suffix != '.safetensors': return {}, {}
     try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
-    except (ValueError, RecursionError): return {}
-    found = about.get('alpha') if isinstance(about, dict) else None
-    return {k: v for k, v in found.items() if type(v) is float and 0 < abs(v) < 1e30} if isinstance(found, dict) else {}
+    except (ValueError, RecursionError): return {}, {}
+    def table(key, fits):
+        found = about.get(key) if isinstance(about, dict) else None
+        return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}
+    return table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30), table('layout', lambda v: isinstance(v, str))
 
 _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
 
@@ -300,16 +302,21 @@ def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc
     return module + ':input' * name.endswith('_input')
 
 # %% ../../nbs/models/zoo.ipynb #6e39a054
-def _insert_layers(model, state, alphas, source):
+def _insert_layers(model, state, said, source):
     "Make room for the KD layers in a state; what stands in no module of this model is left for `load_weights` to complain about."
-    known = dict(model.named_modules())
-    layers = {at: _sizes(at, entries, source) for at, entries in _inserted(state).items() if at.rpartition('.')[0] in known}
-    if silent := [at for at, (*_, embeds) in layers.items() if embeds and at not in alphas]:
-        lines = [f'insert(model, {_tap(at)!r}, KDLayer({layers[at][0]}, {layers[at][1]}, alpha=...))' for at in silent]
+    (alphas, layouts), known, layers = said, dict(model.named_modules()), {}
+    for at, entries in _inserted(state).items():
+        if at.rpartition('.')[0] not in known: continue
+        tap, path = _tap(at), at
+        if at in layouts:  # a `letkd.taps.Placed` around the layer
+            tap, path, entries = f'{tap}@{layouts[at]}', f'{at}.layer', {k.removeprefix('layer.'): v for k, v in entries.items()}
+        *sizes, embeds = _sizes(at, entries, source)
+        layers[tap] = *sizes, alphas.get(path) if embeds else 0
+    if silent := [(tap, *sizes) for tap, (*sizes, alpha) in layers.items() if alpha is None]:
+        lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))' for tap, channels, templates in silent]
         raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))
-    for at, (channels, templates, embeds) in layers.items():
-        insert(model, _tap(at), KDLayer(channels, templates, alphas[at] if embeds else 0))
+    for tap, sizes in layers.items(): insert(model, tap, KDLayer(*sizes))
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
@@ -324,5 +331,5 @@ def create_model(
     state = family.weights(*arguments, checkpoint) if family.weights else None
     if state is None:
         state = read_checkpoint(checkpoint)
-        _insert_layers(model, state, _alphas(checkpoint), checkpoint)
+        _insert_layers(model, state, _said(checkpoint), checkpoint)
     return load_weights(model, state, checkpoint)
