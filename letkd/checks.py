@@ -10,7 +10,7 @@ __all__ = ['SUPERVISION', 'CORNERS', 'LAYER', 'FUNCTION', 'TERM', 'Battery', 'st
 # %% ../nbs/09_checks.ipynb #62beb690
 import copy, difflib, importlib.util, inspect, io, json, math, os, random, re, subprocess, sys, tempfile, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Callable, Iterable, Iterator, Optional
 from unittest import SkipTest
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from .distiller import CrossEntropy, Distiller
 from .layer import KDLayer, _like, supervised
 from .matching import DenseTarget, PrototypeTarget, TableTarget, kd_layer
-from .taps import rows as rows_of
+from .taps import Layout, resolve, rows as rows_of
 
 # %% ../nbs/09_checks.ipynb #3bce5bdf
 class Battery(dict):
@@ -218,7 +219,7 @@ def _unfitted_names_the_remedy(case):
 # %% ../nbs/09_checks.ipynb #7949c939
 @SUPERVISION
 def _fit_leaves_its_surroundings(case):
-    "fit returns self and changes neither the rows, the labels nor the arguments."
+    "fit returns self, changes neither the rows, the labels nor the arguments, and keeps no view of them."
     s, rows, labels = case.make(), case.rows.clone(), case.labels.clone()
     names = [n for n in inspect.signature(type(s).__init__).parameters if n != 'self']
     before = {n: copy.deepcopy(getattr(s, n)) for n in names}
@@ -227,6 +228,9 @@ def _fit_leaves_its_surroundings(case):
     changed = [n for n in names if getattr(s, n) != before[n]]
     assert not changed, f'fit changed the arguments {changed}'
     assert s.state_dict() and not list(s.parameters()), 'the results of fit are not buffers'
+    state = copy.deepcopy(dict(s.state_dict()))
+    rows.zero_(); labels.zero_()
+    _close(dict(s.state_dict()), state, what='state, after the rows were overwritten')
 
 # %% ../nbs/09_checks.ipynb #5e060c12
 @SUPERVISION
@@ -648,13 +652,19 @@ def _scaled_loss_unscales(case):
     bare, scaled = torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(65536 * loss, inputs)
     for b, s in zip(bare, scaled): _close(s / 65536, b, 1e-7, 'gradient')
 
+# %% ../nbs/09_checks.ipynb #9d3a56dc
+_TOKENS = Layout(last=True, prefix=1, grid=(3, 4))
+
+def _as_tokens(x: Tensor) -> Tensor: # B x C x H x W; B x (1 + H W) x C, zeros as the class token
+    return F.pad(x.flatten(2).mT, (0, 0, 1, 0))
+
 # %% ../nbs/09_checks.ipynb #9d7c6e62
 @LAYER
 def _memory_layouts_agree(case):
-    "Contiguous, channels_last and strided maps and output gradients give the same numbers."
+    "Contiguous, channels_last and strided maps, and views of tokens, give the same numbers; so do output gradients."
     layer, x, g = case.layer().eval(), _random(2, 5, 3, 4), _random(2, 5, 3, 4, seed=1)
     forms = (torch.clone, lambda t: t.to(memory_format=torch.channels_last), lambda t: torch.stack([t, t], -1)[..., 0],
-             lambda t: t.mT.contiguous().mT)
+             lambda t: t.mT.contiguous().mT, lambda t: _TOKENS.to_map(_as_tokens(t)))
     def run(form, form_g):
         v = form(x).requires_grad_()
         out, loss = layer(v, _probs(24, 7))
@@ -833,6 +843,29 @@ def _is_an_ordinary_module(case):
     part = {k: v for k, v in layer.state_dict().items() if k != 'templates'}
     _refused(lambda: layer.load_state_dict(part), 'templates', what='a missing key')
 
+# %% ../nbs/09_checks.ipynb #67017e9f
+def _no_scalars(parameters: Iterable): # of (name, parameter)
+    scalars = [name for name, p in parameters if p.ndim == 0]
+    assert not scalars, f'{scalars} have no dimension, and FSDP refuses them; give them shape (1,)'
+
+@LAYER
+def _can_be_sharded(case):
+    "No parameter is a scalar, which FSDP refuses."
+    _no_scalars(case.layer().named_parameters())
+
+# %% ../nbs/09_checks.ipynb #9ea1a882
+@LAYER
+def _works_within_a_checkpoint(case):
+    "Supervised within a checkpoint that computes it again (use_reentrant=False), all losses and gradients are the same."
+    x, target = _random(2, 5, 3, 4).requires_grad_(), _probs(24, 7)
+    plain, again = case.layer(), case.layer()
+    with supervised({again: target}) as losses: out = checkpoint(again, x, use_reentrant=False)
+    names = ['features', 'loss', 'x', *dict(plain.named_parameters())]
+    expected, expected_loss = plain(x, target)
+    found = out.detach(), losses[again].detach(), *_gradients(out, losses[again], again, x)
+    expected = expected.detach(), expected_loss.detach(), *_gradients(expected, expected_loss, plain, x)
+    for name, f, e in zip(names, found, expected): _close(f, e, 1e-12, name)
+
 # %% ../nbs/09_checks.ipynb #9922270e
 def _same_when(case, transform: Callable, eps: float, batch: int = 2): # transform: (layer, example) -> callable
     "A transformed layer answers like the eager one, in eval mode in float32."
@@ -948,7 +981,7 @@ class _Using(KDLayer):
         out = _like(out, last, x)
         return out if target is None else (out, loss)
 
-_OF_A_LAYER = ('nothing_stays_on_the_layer', 'is_an_ordinary_module', 'folds')  # and not of a function
+_OF_A_LAYER = ('nothing_stays_on_the_layer', 'is_an_ordinary_module', 'can_be_sharded', 'works_within_a_checkpoint', 'folds')  # and not of a function
 FUNCTION = Battery({name: check for name, check in LAYER.items() if name not in _OF_A_LAYER})
 
 # %% ../nbs/09_checks.ipynb #e8f5912b
@@ -984,7 +1017,7 @@ def check_function(function: Callable,             # like `kd_layer`: the same a
 # %% ../nbs/09_checks.ipynb #fe6d2644
 def classifier(width: int = 6,    # channels of the first stage; the second has twice as many
                classes: int = 10, # Y
-              ) -> nn.Module:     # taps: 'layer1', a map of 8 x 8, and 'layer2', a map of 4 x 4, for images of 8 x 8
+              ) -> nn.Module:     # taps: 'layer1', a map of 8 x 6, and 'layer2', a map of 4 x 3, for images of 8 x 6
     "A convolutional network of two stages."
     stage = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     net = nn.Sequential()
@@ -994,9 +1027,9 @@ def classifier(width: int = 6,    # channels of the first stage; the second has 
 
 def pictures(n: int = 12,       # B
              classes: int = 10, # Y
-            ) -> tuple:         # (B x 3 x 8 x 8 images in float32, B labels)
+            ) -> tuple:         # (B x 3 x 8 x 6 images in float32, B labels)
     "A batch of noise."
-    return _random(n, 3, 8, 8, dtype=torch.float32), torch.arange(n) * 7 % classes
+    return _random(n, 3, 8, 6, dtype=torch.float32), torch.arange(n) * 7 % classes
 
 # %% ../nbs/09_checks.ipynb #e8ce6040
 @dataclass
@@ -1009,10 +1042,11 @@ class _Step:
     bare: nn.Module # the student as it was
     images: Tensor
     labels: Tensor
+    index: Optional[Tensor]
 
     def run(self, progress: float = 1., order=slice(None), distiller=None) -> dict: # {name: loss}
-        labels = self.labels[order]
-        return (distiller or self.distiller)(self.images[order], labels, torch.arange(len(labels))[order], progress)[1]
+        index = None if self.index is None else self.index[order]
+        return (distiller or self.distiller)(self.images[order], self.labels[order], index, progress)[1]
 
     def loss(self, *args, **kwargs) -> Tensor: return self.run(*args, **kwargs)[self.term.name]
 
@@ -1034,7 +1068,7 @@ class _Distilling:
         ce.name, term.weight = 'cross-entropy of the checks', term.weight * weight
         distiller = Distiller(student, teacher, [ce, term] if before else [term, ce]).to(dtype)
         images, labels = self.batch()
-        return _Step(student, teacher, term, distiller, bare, images.to(dtype), labels)
+        return _Step(student, teacher, term, distiller, bare, images.to(dtype), labels, torch.arange(len(labels)))
 
 TERM = Battery()
 
@@ -1060,14 +1094,17 @@ def _teaches_the_student(case):
     assert all(g.isfinite().all() for g in grads), 'a gradient of the student is not finite'
 
 # %% ../nbs/09_checks.ipynb #e3ee5a2e
+def _own(term: nn.Module) -> dict: # {name: parameter}, of the term and of what it puts into the student
+    own = dict(term.named_parameters())
+    for tap, layer in term.layers.items(): own |= {f'{tap}.{n}': p for n, p in layer.named_parameters()}
+    return own
+
 @TERM
 def _every_parameter_gets_a_gradient(case):
     "With cross-entropy beside it, every parameter of the term and of its layers gets a gradient, not zero."
     d = case.build()
     sum(d.run().values()).backward()
-    own = dict(d.term.named_parameters())
-    for tap, layer in d.term.layers.items(): own |= {f'{tap}.{n}': p for n, p in layer.named_parameters()}
-    idle = [n for n, p in own.items() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    idle = [n for n, p in _own(d.term).items() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not idle, f'no gradient for {idle}'
 
 # %% ../nbs/09_checks.ipynb #5dba0aae
@@ -1089,6 +1126,37 @@ def _gradient_is_the_slope(case):
 def _hooks(model: nn.Module) -> int: # how many there are, of any kind
     return sum(len(h) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
 
+def _look(model: nn.Module) -> tuple: # its state, modes and hooks
+    return copy.deepcopy(dict(model.state_dict())), [m.training for m in model.modules()], _hooks(model)
+
+def _unchanged(model: nn.Module, before: tuple, whose: str):
+    "It has the state, modes and hooks that `_look` saw."
+    (state, modes, hooks), (old, old_modes, old_hooks) = _look(model), before
+    assert modes == old_modes, f"the {whose}'s modes changed: {sum(modes)} modules are in training mode"
+    assert hooks == old_hooks, f'the {whose} has {hooks} hooks; it had {old_hooks}'
+    _close(state, old, what=f"the {whose}'s state")
+
+# %% ../nbs/09_checks.ipynb #7cc9a456
+@TERM
+def _making_changes_no_network(case):
+    "Making the term changes neither network's state, modes and hooks: what a term brings, the distiller puts in."
+    with _seeded():
+        student, teacher = case.student(), case.teacher()
+        before = _look(student), _look(teacher)
+        case.make(student, teacher)
+    for model, looked, whose in zip((student, teacher), before, ('student', 'teacher')): _unchanged(model, looked, whose)
+
+# %% ../nbs/09_checks.ipynb #1603c49b
+@TERM
+def _shares_nothing_with_the_teacher(case):
+    "Nothing that the distiller trains and saves is the teacher's, in the student or in the term."
+    d = case.build()
+    place = lambda t: t.untyped_storage().data_ptr()
+    tensors = lambda m: [(n, t) for n, t in [*m.named_parameters(), *m.named_buffers()] if t.numel()]
+    theirs = {place(t): n for n, t in tensors(d.teacher)}
+    shared = [f'{n} ({theirs[place(t)]})' for n, t in tensors(d.distiller) if place(t) in theirs]
+    assert not shared, f"{shared} are the teacher's own; the term needs copies"
+
 # %% ../nbs/09_checks.ipynb #a2c841b2
 @TERM
 def _teacher_gets_no_gradient(case):
@@ -1105,15 +1173,10 @@ def _teacher_is_untouched(case):
     "Neither the teacher's modes, parameters, buffers, hooks nor answers change, in a distiller in training mode."
     d = case.build()
     d.distiller.train()
-    modes = lambda: [m.training for m in d.teacher.modules()]
-    look = lambda: (copy.deepcopy(dict(d.teacher.state_dict())), modes(), _hooks(d.teacher))
-    with torch.no_grad(): state, answer = look(), d.teacher(d.images)
-    assert not any(state[1]), 'the teacher is not in eval mode'
+    with torch.no_grad(): before, answer = _look(d.teacher), d.teacher(d.images)
+    assert not any(before[1]), 'the teacher is not in eval mode'
     for _ in range(2): sum(d.run().values()).backward()
-    now = look()
-    assert now[1] == state[1], f"the teacher's modes changed: {sum(now[1])} modules are in training mode"
-    assert now[2] == state[2], f'the teacher has {now[2]} hooks; it had {state[2]}'
-    _close(now[0], state[0], what="the teacher's state")
+    _unchanged(d.teacher, before, 'teacher')
     with torch.no_grad(): _close(d.teacher(d.images), answer, what="the teacher's answers")
 
 # %% ../nbs/09_checks.ipynb #cb45fcbb
@@ -1136,6 +1199,74 @@ def _order_of_images_does_not_matter(case):
 def _weight_is_a_factor(case):
     "Three times the weight is three times the loss."
     _close(case.build(weight=3.).loss().item(), 3 * case.build().loss().item(), 1e-12, 'loss')
+
+# %% ../nbs/09_checks.ipynb #3bd2ad77
+def _same_or_refused(found: Callable, expected: Tensor, word: str): # a loss of no arguments
+    "It is the expected loss, or a ValueError that names what is wrong."
+    try: loss = found()
+    except ValueError as e: assert word in str(e), f'the error does not mention the {word}; it says {str(e)!r}'
+    else: _close(loss.item(), expected.item(), 1e-10, 'loss')
+
+@TERM
+def _index_is_optional_or_asked_for(case):
+    "Without the images' index the loss is the same, or the error names the index."
+    d, order = case.build(), torch.arange(len(case.batch()[1])).flip(0)
+    without = replace(case.build(), index=None)
+    _same_or_refused(lambda: without.loss(order=order), d.loss(order=order), 'index')
+
+@TERM
+def _labels_may_be_shares(case):
+    "One-hot shares have the loss of their class numbers, mixed ones a finite loss; or the error names the labels."
+    d, shares, mixed = case.build(), case.build(), case.build()
+    with torch.no_grad(): shares.labels = F.one_hot(d.labels, d.bare(d.images).shape[1]).double()
+    _same_or_refused(shares.loss, d.loss(), 'label')
+    mixed.labels = .7 * shares.labels + .3 * shares.labels.roll(1, 0)
+    try: assert mixed.loss().isfinite(), 'mixed labels: the loss is not finite'
+    except ValueError as e: assert 'label' in str(e), f'the error does not mention the labels; it says {str(e)!r}'
+
+# %% ../nbs/09_checks.ipynb #490f2335
+def _relaid(module: nn.Module, tokens: bool):
+    "From now on its map comes as tokens, or with channels last, for all but the module that takes it."
+    kind = type(module)
+    def forward(self, x):
+        y = kind.forward(self, x)
+        self.layout = None if y.ndim != 4 else Layout(True, 1, tuple(y.shape[2:])) if tokens else Layout(True)
+        return y if self.layout is None else _as_tokens(y) if tokens else y.movedim(1, -1)
+    def call(self, x):
+        y = kind.__call__(self, x)
+        return y if self.layout is None else self.layout.to_map(y)
+    module.__class__ = type(f'Relaid{kind.__name__}', (kind,), dict(forward=forward, __call__=call))
+
+@TERM
+def _layout_of_maps_does_not_matter(case):
+    "With the student's maps as tokens behind a class token, or channels last, the loss is the same; or the error names the layout."
+    d = case.build()
+    paths = {tap.partition('@')[0] for tap in [*d.term.student_taps, *d.term.layers]}
+    paths, expected = [path for path in paths if ':' not in path], d.loss()
+    if not paths: raise SkipTest('has no taps at outputs of the student')
+    for tokens in (True, False):
+        def student():
+            net = case.student()
+            for path in paths: _relaid(resolve(net, path), tokens)
+            return net
+        _same_or_refused(lambda: replace(case, student=student).build().loss(), expected, 'layout')
+
+# %% ../nbs/09_checks.ipynb #07404211
+@TERM
+def _works_within_a_checkpoint(case):
+    "With the student in a checkpoint that computes it again (use_reentrant=False), losses and gradients are the same."
+    both = []
+    for within in (False, True):
+        d = case.build()
+        if within: d.student.forward = partial(checkpoint, d.student.forward, use_reentrant=False)
+        total, own = sum(d.run().values()), [p for p in d.distiller.parameters() if p.requires_grad]
+        both.append([total.detach(), *torch.autograd.grad(total, own, allow_unused=True, materialize_grads=True)])
+    _close(both[1], both[0], 1e-10, 'loss and gradients')
+
+@TERM
+def _can_be_sharded(case):
+    "No parameter of the term and of its layers is a scalar, which FSDP refuses."
+    _no_scalars(_own(case.build().term).items())
 
 # %% ../nbs/09_checks.ipynb #458a3ba2
 @TERM
