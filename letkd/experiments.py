@@ -465,9 +465,8 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
-    order = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
-    batches = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), **order)
-    plain = entry.batches(images, 500)
+    settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
+    batches, plain = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), **settings), entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
@@ -530,8 +529,7 @@ def run(e: Experiment,                # what to run
     _check_here(e, device, log)
     with torch.random.fork_rng():
         training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
-        images = e.load(e.eval_split)
-        _check_classes(e, plain.images, images)
+        _check_classes(e, plain.images, images := e.load(e.eval_split))
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
             if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
