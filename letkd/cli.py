@@ -157,8 +157,7 @@ def sweep_command(name: str,            # 'cifar100', 'ablation/layers'; see `le
     from letkd.tables import format_table, summary
     _count(jobs, '--jobs')
     experiments = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings))
-    call = probe_run if name == 'ablation/probe' else run
-    records, failed = _run_all(experiments, jobs, call, out, device, quiet, checkpoint_every, log)
+    records, failed = _run_all(experiments, jobs, probe_run if name == 'ablation/probe' else run, out, device, quiet, checkpoint_every, log)
     print('\n' + format_table(summary(records)))
     if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
     if failed: raise RuntimeError(failed)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
+           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'load_run', 'Renormalise', 'read_record',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
@@ -478,9 +478,8 @@ def prepare(e: Experiment,                # what to run
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
-    batches = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), shuffle=True, drop_last=e.drop_last, seed=e.seed,
-                            share=(rank(), processes()))
-    plain = entry.batches(images, 500)
+    settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
+    batches, plain = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), **settings), entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
@@ -489,8 +488,7 @@ def prepare(e: Experiment,                # what to run
     distiller = Distiller(student, teacher, terms).to(device)
     fold_teacher(distiller)
     if e.sync_bn and device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones,
-                        e.momentum, e.weight_decay, e.amp, e.nesterov)
+    training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones, e.momentum, e.weight_decay, e.amp, e.nesterov)
     return training, plain, made
 
 # %% ../nbs/21_experiments.ipynb #b23a1ff6
@@ -504,6 +502,15 @@ def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training im
     if not (quiet or rank()): print(f'{e.name}: {count} training images are one batch, where batch_size is {e.batch_size}', flush=True)
     return count
 
+def _check_last(e: Experiment, count: int): # training images
+    "Can the last batch of an epoch be trained on?"
+    last = 0 if e.drop_last else count % e.batch_size
+    if last == 1: raise ValueError(f'drop_last: found a last batch of one image, {count} images in batches of {e.batch_size}; batch normalisation '
+                                   'needs more than one: expected another batch_size, or drop_last=True')
+    if not e.drop_last and (e.batch_size % processes() or last % processes()):
+        raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for {processes()} processes; expected one that they share equally')
+
+# %% ../nbs/21_experiments.ipynb #d0a70008
 def _check_classes(e: Experiment, known, unseen): # images to train on and to evaluate on
     if known.classes != unseen.classes:
         raise ValueError(f'{e.dataset}: found {len(known.classes)} classes to train on, {known.classes[:4]}, and {len(unseen.classes)} in '
@@ -520,14 +527,6 @@ def _check_rows(e: Experiment, images):
         raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of {height} x {width} positions in {e.student}; '
                          f'expected at least num_prototypes = {wanted}')
 
-def _check_last(e: Experiment, count: int): # training images
-    "Can the last batch of an epoch be trained on?"
-    last = 0 if e.drop_last else count % e.batch_size
-    if last == 1: raise ValueError(f'drop_last: found a last batch of one image, {count} images in batches of {e.batch_size}; batch normalisation '
-                                   'needs more than one: expected another batch_size, or drop_last=True')
-    if not e.drop_last and (e.batch_size % processes() or last % processes()):
-        raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for {processes()} processes; expected one that they share equally')
-
 # %% ../nbs/21_experiments.ipynb #3c5e16ce
 def run(e: Experiment,                # what to run
         out = 'runs',                 # folder of all runs
@@ -538,8 +537,8 @@ def run(e: Experiment,                # what to run
         wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
-    check_log(log)
     folder = Path(out)/e.folder
+<<<<<<< ours
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     if e.sync_bn and _device(device).type != 'cuda':
         raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
@@ -547,6 +546,13 @@ def run(e: Experiment,                # what to run
         with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
         images = e.load(e.eval_split)
         _check_classes(e, plain.images, images)
+=======
+    if done := agreed(lambda: _finished(folder)): return done
+    _check_here(e, device, log)
+    with torch.random.fork_rng():
+        training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
+        _check_classes(e, plain.images, images := e.load(e.eval_split))
+>>>>>>> theirs
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
             if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
@@ -556,6 +562,12 @@ def run(e: Experiment,                # what to run
                 train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every, watched)
             made['data_hash'] = data_hash(plain.images, images)
             return agreed(lambda: _finish(e, training, folder, perplexities, made))
+
+# %% ../nbs/21_experiments.ipynb #d0a7000a
+def _check_here(e: Experiment, device: Optional[str], log: Optional[str]): # what only this machine can tell
+    check_log(log)
+    if e.sync_bn and _device(device).type != 'cuda':
+        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
 
 # %% ../nbs/21_experiments.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
