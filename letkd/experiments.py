@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'RECIPES', 'ORIGINAL', 'DataSet', 'Experiment', 'digest', 'weights_hash', 'save_module', 'load_module',
-           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'load_run', 'Renormalise', 'read_record',
+           'cached', 'environment', 'data_hash', 'seen', 'prepare', 'run', 'load_run', 'Renormalise', 'read_record',
            'differences', 'compare']
 
 # %% ../nbs/21_experiments.ipynb #7b89eebb
@@ -538,21 +538,11 @@ def run(e: Experiment,                # what to run
        ) -> dict:                     # the record
     "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
     folder = Path(out)/e.folder
-<<<<<<< ours
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
-    if e.sync_bn and _device(device).type != 'cuda':
-        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
-    with torch.random.fork_rng():
-        with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
-        images = e.load(e.eval_split)
-        _check_classes(e, plain.images, images)
-=======
-    if done := agreed(lambda: _finished(folder)): return done
     _check_here(e, device, log)
     with torch.random.fork_rng():
-        training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
+        with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
         _check_classes(e, plain.images, images := e.load(e.eval_split))
->>>>>>> theirs
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
             if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
