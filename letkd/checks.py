@@ -856,7 +856,7 @@ def _can_be_sharded(case):
 # %% ../nbs/09_checks.ipynb #9ea1a882
 @LAYER
 def _works_within_a_checkpoint(case):
-    "Supervised within a checkpoint that computes it again (use_reentrant=False), all losses and gradients are the same."
+    "Supervised within a checkpoint (use_reentrant=False), losses and gradients are the same."
     x, target = _random(2, 5, 3, 4).requires_grad_(), _probs(24, 7)
     plain, again = case.layer(), case.layer()
     with supervised({again: target}) as losses: out = checkpoint(again, x, use_reentrant=False)
@@ -1239,7 +1239,7 @@ def _relaid(module: nn.Module, tokens: bool):
 
 @TERM
 def _layout_of_maps_does_not_matter(case):
-    "With the student's maps as tokens behind a class token, or channels last, the loss is the same; or the error names the layout."
+    "Tokens behind a class token, and channels last, have the loss of maps; or the error names the layout."
     d = case.build()
     paths = {tap.partition('@')[0] for tap in [*d.term.student_taps, *d.term.layers]}
     paths, expected = [path for path in paths if ':' not in path], d.loss()
@@ -1254,7 +1254,7 @@ def _layout_of_maps_does_not_matter(case):
 # %% ../nbs/09_checks.ipynb #07404211
 @TERM
 def _works_within_a_checkpoint(case):
-    "With the student in a checkpoint that computes it again (use_reentrant=False), losses and gradients are the same."
+    "With the student in a checkpoint (use_reentrant=False), losses and gradients are the same."
     both = []
     for within in (False, True):
         d = case.build()
