@@ -227,6 +227,7 @@ def _resolve(name: str, tap: str):
     try: resolve(_network(name), tap)
     except KeyError as error: raise KeyError(f'{error.args[0]}; letkd taps {name} lists them') from None
 
+# %% ../nbs/21_experiments.ipynb #feb0e392
 def _check_data(e: Experiment):
     if DATASETS[e.dataset].identity:
         if not e.data: raise ValueError(f'data: found {e.data!r}; expected the path of the data for {e.dataset}, as in --set data=photos')
