@@ -285,7 +285,8 @@ class Student:
     def __init__(self):
         torch.manual_seed(0)
         self.images, self.student = torch.randn(2, 3, 8, 8), create_model('resnet8x0.5', 5)
-        for tap, layer in {'layer3.0': KDLayer(32, 4, .5), 'layer3': KDLayer(32, 3, 2.), 'layer2': KDLayer(16, 2, 0)}.items(): insert(self.student, tap, layer)
+        for tap, layer in {'layer3.0': KDLayer(32, 4, .5), 'layer3': KDLayer(32, 3, 2.), 'layer2': KDLayer(16, 2, 0),
+                           'layer1@BCHW': KDLayer(8, 3, 1.)}.items(): insert(self.student, tap, layer)
 
     def files(self):
         (folder := Path(os.environ['PYTEST_TMP'])/'student').mkdir(exist_ok=True)
@@ -294,13 +295,14 @@ class Student:
 
     def mutate(self, name, data, rng):
         if rng.random() < .5: return TinyTensors.mutate(self, name, data, rng)
-        state, at = {k: v.clone() for k, v in self.student.state_dict().items()}, rng.choice(('layer3.kd_layer', 'layer2.kd_layer', 'fc.kd_layer_input'))
+        state, at = {k: v.clone() for k, v in self.student.state_dict().items()}, rng.choice(('layer3.kd_layer', 'layer2.kd_layer', 'layer1.kd_layer', 'layer1.kd_layer.layer', 'fc.kd_layer_input'))
         key = f'{at}.{rng.choice(("templates", "semantics", "scale", "norm.weight", "x", "0.weight"))}'
         state[key] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(3, 0), torch.ones(0, 3), torch.ones(2, 16, 1), torch.full((4, 32), torch.nan)])
         if rng.random() < .3: del state[key]
-        alpha = {'layer3.kd_layer': 2., 'layer3.0.kd_layer': .5}
+        alpha, layout = {'layer3.kd_layer': 2., 'layer3.0.kd_layer': .5, 'layer1.kd_layer.layer': 1.}, {'layer1.kd_layer': 'BCHW'}
         if rng.random() < .5: alpha = rng.choice([None, 1, [], 'x', {}, dict(alpha, **{rng.choice(list(alpha)): rng.choice([None, 0., 1, '2', float('nan'), float('inf'), True, []])})])
-        return save(state, dict(about=json.dumps(dict(alpha=alpha))))
+        if rng.random() < .3: layout = rng.choice([None, [], 'x', {}, *({'layer1.kd_layer': v} for v in (None, 1, [], '', 'raw', 'BCH', '0x0', '@', '9' * 5000))])
+        return save(state, dict(about=json.dumps(dict(alpha=alpha, layout=layout))))
 
     def load(self, folder):
         model = create_model('resnet8x0.5', 5, folder/'student.safetensors').eval()

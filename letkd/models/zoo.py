@@ -285,7 +285,7 @@ def _said(path) -> tuple: # ({path of a KD layer: its alpha}, {path of what was 
     def table(key, fits):
         found = about.get(key) if isinstance(about, dict) else None
         return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}
-    return table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30), table('layout', lambda v: isinstance(v, str))
+    return table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30), table('layout', lambda v: isinstance(v, str) and len(v) < 40)
 
 _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
 
@@ -316,7 +316,9 @@ def _insert_layers(model, state, said, source):
         lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))' for tap, channels, templates in silent]
         raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))
-    for tap, sizes in layers.items(): insert(model, tap, KDLayer(*sizes))
+    for tap, sizes in layers.items():
+        try: insert(model, tap, KDLayer(*sizes))
+        except ValueError as error: raise ValueError(f'{source}: {error}') from None
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
