@@ -151,15 +151,17 @@ def named(side: str, faults: list) -> list: # 'student' or 'teacher'; exceptions
 
 # %% ../nbs/08_distiller.ipynb #8e1c0a02
 def _shared(d: Distiller) -> list:
-    "What belongs to both networks: training the student would change the teacher, and eval mode the student."
+    "What belongs to the teacher and to what is trained: training would change the teacher, and eval mode the student."
     if d.teacher is None: return []
+    trained = [d.student, *d.terms, *(m for t in d.terms for m in [*t.layers.values(), *t.replaces.values()])]
     kinds = dict(module='named_modules', parameter='named_parameters', buffer='named_buffers')
     for kind, walk in kinds.items():
         theirs = {id(x): name for name, x in getattr(d.teacher, walk)()}
-        both = [(name, theirs[id(x)]) for name, x in getattr(d.student, walk)() if id(x) in theirs and not _is_stateless(x)]
+        both = [(name, theirs[id(x)]) for part in trained for name, x in getattr(part, walk)()
+                if id(x) in theirs and not _is_stateless(x)]
         if both:
             pairs = ', '.join(f'{a or "(itself)"!r}' + f' is {b or "(itself)"!r}' * (a != b) for a, b in both[:4])
-            return [ValueError(f'Distiller: found {len(both)} {kind}s that student and teacher share ({pairs}); the teacher '
+            return [ValueError(f'Distiller: found {len(both)} {kind}s that the student or a term shares with the teacher ({pairs}); the teacher '
                                'must not change while the student is trained: give it its own by copy.deepcopy')]
     return []
 
