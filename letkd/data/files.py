@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'file
            'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'read_json']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
-import errno, glob, hashlib, io, json, math, os, pickletools, re, tarfile, time, warnings, zipfile
+import errno, glob, hashlib, io, json, math, os, pickletools, re, tarfile, threading, time, warnings, zipfile
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from itertools import islice
@@ -173,12 +173,14 @@ def _pixels(image) -> Tensor: # 3 x H x W, of an opened image of Pillow
     if image.mode == 'P': image = image.convert('RGBA')  # a palette may be transparent
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
 
+_ALONE = threading.Lock()  # two threads in `catch_warnings` may leave the filters of one behind
+
 def decode(data: bytes, # of a file of one of `FORMATS`
            name: str,   # what an error calls it
           ) -> Tensor:  # uint8, 3 x H x W: red, green, blue
     "The pixels of an image file."
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _ALONE, warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter('ignore')  # about metadata, which nobody reads
             if image.format in ('JPEG', 'MPO'): return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
             if (n := getattr(image, 'n_frames', 1)) > 1: raise ValueError(f'found an animation of {n} images; expected one')

@@ -8,7 +8,6 @@ __all__ = ['ENDINGS', 'folder_identity', 'folder', 'folder_batches']
 # %% ../../nbs/data/folders.ipynb #91eb2055
 import hashlib, json, os, shutil, warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, Optional
@@ -124,14 +123,12 @@ def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution
     "Every photo, decoded and brought to one size; where no size was given, they must have it already."
     size = photos.resolution
     shape, pixels = Compose([Resize(size, antialias=True), CenterCrop(size)]), torch.empty(len(photos), 3, size, size, dtype=torch.uint8)
-    def read(i: int):
+    for i in tqdm(range(len(photos)), str(photos.folder), disable=None):
         x = photos.read(i)
         if not given and x.shape[1:] != (size, size):
             raise ValueError(f'{photos.path(i)}: found {x.shape[2]} x {x.shape[1]} pixels, others have {size} x {size}; '
                              f'give a resolution, such as resolution={size}')
         pixels[i] = shape(x)
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(read, range(len(photos))), str(photos.folder), len(photos), disable=None): pass
     return pixels
 
 # %% ../../nbs/data/folders.ipynb #8cc8f9d5
