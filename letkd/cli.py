@@ -118,7 +118,9 @@ def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str
 _WORK = 'from letkd.cli import main; from letkd.jobs import work; work(main)'
 
 def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every, log) -> tuple: # (records, what failed and why)
+    from letkd.data.files import make_folder
     from letkd.experiments import run
+    make_folder(Path(out))  # a place that cannot be written to fails once, not once a run
     plan, own, records = _plan(experiments), {e.folder for e in experiments}, {}
     failed = _side_by_side(plan, jobs, out, device, quiet, checkpoint_every, log) if jobs > 1 else {}
     for i, (folder, (e, teacher)) in enumerate(plan.items()):

@@ -566,7 +566,7 @@ def command(index, folder) -> str:
 @pytest.fixture
 def nothing_runs(monkeypatch, tmp_path):
     "`letkd.experiments.run` only looks where it would write."
-    def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m'):
+    def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m', log=None):
         folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
         assert folder.is_relative_to(out) and folder != out and '\0' not in e.folder and len(e.folder) < 250, e.folder
         assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))

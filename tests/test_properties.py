@@ -198,7 +198,7 @@ def test_rows_are_the_pixels_in_reading_order(data, pair):
 def test_tokens_are_rows_as_well(pair):
     x, plain = pair
     side = math.isqrt(x.shape[1])
-    if x.shape[1] - side**2 > 16:
+    if x.shape[1] - side**2 > 5:
         with refused('tokens'): grid_of(x)
         return
     assert grid_of(x) == (side, side) and rows(x).equal(plain[:, -side**2:].reshape(-1, x.shape[2]))
@@ -307,7 +307,7 @@ VALUES = dict(seed=st.integers(0, 2**63 - 1), epochs=st.integers(1, 10**9), batc
               schedule=st.sampled_from(['step', 'one-cycle']), milestones=st.lists(st.floats(0, 1), max_size=4).map(tuple), augment=st.booleans(), amp=st.booleans(),
               train_size=st.one_of(st.none(), st.integers(1, 10**7)), eval_split=st.sampled_from(['test', 'valid']), teacher_checkpoint=st.text(min_size=1, max_size=5),
               weight_decay=st.floats(0, 1), difficulty=st.floats(0, 2))
-NAMES = st.builds('{}/{}{}/{}'.format, st.sampled_from(list(DATASETS)), st.sampled_from(['resnet56-', 'wrn_40_2-', 'torchvision/resnet18-']),
+NAMES = st.builds('{}/{}{}/{}'.format, st.sampled_from([name for name, d in DATASETS.items() if not d.identity]), st.sampled_from(['resnet56-', 'wrn_40_2-', 'torchvision/resnet18-']),
                   st.sampled_from(['resnet20', 'shufflenetv1', 'torchvision/resnet50']), st.sampled_from(['kd', 'letkd1', 'letkd2', 'crd+kd', 'at', 'dkd']))
 
 
