@@ -83,6 +83,7 @@ def by_halves(training, batches):
                 for m, b in zip(norms, kept): m._buffers.update(b)
         training.meter.add({k: (rows[0][0][k] + rows[1][0][k]) / 2 for k in rows[0][0]}, torch.cat([r[1] for r in rows]), labels)
         training.optimiser.step()
+        training.lr, = training.schedule.get_last_lr()
         training.schedule.step()
     training.end_epoch()
 

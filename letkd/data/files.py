@@ -46,7 +46,7 @@ def atomic(path,             # the final name; its folder is made
     except (OSError, SafetensorError) as e:
         full = getattr(e, 'errno', None) == errno.ENOSPC or f'os error {errno.ENOSPC}' in str(e)
         if not full: raise
-        raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)}; free some, or choose another place', str(path)) from None
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None  # with the file's name
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/files.ipynb #d2fde5f8
