@@ -1150,7 +1150,7 @@ def _making_changes_no_network(case):
 @TERM
 def _shares_nothing_with_the_teacher(case):
     "Nothing that the distiller trains and saves is the teacher's, in the student or in the term."
-    d = case.build()
+    d = case.build(dtype=torch.float32)  # as it was made: another type would make copies
     place = lambda t: t.untyped_storage().data_ptr()
     tensors = lambda m: [(n, t) for n, t in [*m.named_parameters(), *m.named_buffers()] if t.numel()]
     theirs = {place(t): n for n, t in tensors(d.teacher)}
