@@ -24,11 +24,10 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _names = dict(KDLayer='layer', supervised='layer', Distiller='distiller', create_terms='methods',
-              create_model='models', Experiment='experiments', KMeansPrototypes='prototypes',
-              KernelPrototypes='prototypes', SubClasses='subclasses', export='shipping')
-_modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'checks', 'models', 'data',
-            'baselines', 'imports', 'jobs', 'processes', 'checkpoints', 'meters', 'methods', 'training', 'experiments', 'tables', 'analysis', 'pictures',
-            'probes', 'published', 'bench', 'shipping', 'cli')
+              create_model='models', Experiment='runs.experiments', KMeansPrototypes='prototypes',
+              KernelPrototypes='prototypes', SubClasses='subclasses', export='runs.shipping')
+_modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'methods',
+            'baselines', 'models', 'data', 'runs', 'results', 'checks', 'cli')
 
 
 def _lazy(package, names, modules):

@@ -30,7 +30,7 @@ def arguments(method, out, *more, **settings):
 def server():
     "A context whose processes have everything imported and the images made, and one thread each."
     context, before = multiprocessing.get_context('forkserver'), dict(os.environ)
-    context.set_forkserver_preload(['letkd.cli', 'letkd.tables', 'lives', 'pytest'])
+    context.set_forkserver_preload(['letkd.cli', 'letkd.results.tables', 'lives', 'pytest'])
     os.environ |= dict(OMP_NUM_THREADS='1', LIVES='warm', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
     try: forkserver.ensure_running()
     finally: os.environ.clear(), os.environ.update(before)
@@ -38,7 +38,7 @@ def server():
 
 
 def warm():
-    from letkd.experiments import Experiment
+    from letkd.runs.experiments import Experiment
     e = Experiment.named(f'{PAIR}/kd', **SMALL)
     for split in ('train', 'valid'): e.load(split)
 

@@ -345,7 +345,7 @@ def test_two_runs_at_once_are_the_same_runs(tmp_path_factory, tmp_path, capsys):
 @pytest.mark.parametrize('jobs', [1, 2])
 def test_students_of_a_teacher_that_failed_are_not_started(jobs, tmp_path, capsys):
     from letkd.cli import main
-    from letkd.experiments import Experiment
+    from letkd.runs.experiments import Experiment
     teacher = Experiment.named('digit_pairs/resnet14', epochs=1, train_size=1280)
     broken = tmp_path/teacher.folder/f'checkpoint-00000001-{hashlib.sha256(b"x").hexdigest()[:16]}.pt'
     broken.parent.mkdir(parents=True)
@@ -386,9 +386,9 @@ def test_many_runs_stop_together_and_go_on(tmp_path):
 
 def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
     "Every part, in a few seconds; the file is JSON, and no record of a run."
-    from letkd import bench
+    from letkd.results import bench
     from letkd.cli import main
-    from letkd.tables import read_records
+    from letkd.results.tables import read_records
     tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8', 'resnet8x0.5',
                        8, 16, 10, 32, (600, 8, 10), (1000, 12, 6), settings=('letkd',))
     monkeypatch.setattr(bench, 'QUICK', tiny)

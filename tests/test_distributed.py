@@ -32,7 +32,8 @@ def together(server, target, count, *args, **options):
 
 def prepared(method, out, lr=.02):
     import torch
-    from letkd.experiments import Experiment, prepare
+    from letkd.runs.experiments import Experiment
+    from letkd.runs.running import prepare
     torch.manual_seed(0)
     e = Experiment.named(f'{lives.PAIR}/{method}', **lives.SMALL | lives.OPTIONS[method], lr=lr)
     return e, prepare(e, out, 'cpu', quiet=True)[0]
@@ -46,8 +47,8 @@ def unseen(e, share=(0, 1)):
 def by_two(out, place):
     "What a process of two does; the first leaves what came out."
     import torch
-    from letkd.meters import evaluate
-    from letkd.processes import from_first, gathered, joined, processes, rank
+    from letkd.runs.meters import evaluate
+    from letkd.runs.processes import from_first, gathered, joined, processes, rank
     os.environ |= place
     torch.set_num_threads(1)
     with joined('cpu'):
@@ -90,7 +91,7 @@ def by_halves(training, batches):
 
 def test_two_processes_equal_two_halves(server, tmp_path):
     import torch
-    from letkd.meters import evaluate
+    from letkd.runs.meters import evaluate
     for method in METHODS: prepared(method, tmp_path)  # the teacher and the supervisions, for both
     assert together(server, by_two, 2, str(tmp_path)) == [0, 0]
     for method in METHODS:
@@ -111,9 +112,10 @@ def test_two_processes_equal_two_halves(server, tmp_path):
 def steps_of_all(out, place):
     "Every method takes three steps, in and after the phase of its own where it has one."
     import torch
-    from letkd.experiments import Experiment, prepare
+    from letkd.runs.experiments import Experiment
+    from letkd.runs.running import prepare
     from letkd.methods import METHODS as methods
-    from letkd.processes import gathered, joined
+    from letkd.runs.processes import gathered, joined
     os.environ |= place
     torch.set_num_threads(1)
     with joined('cpu'):
@@ -153,7 +155,7 @@ def losses_of(term, maps, index):
 
 def banks_of_two(out, place):
     import torch
-    from letkd.processes import gathered, joined, rank
+    from letkd.runs.processes import gathered, joined, rank
     os.environ |= place
     with joined('cpu'):
         term, maps, batches = contrast()
@@ -182,7 +184,7 @@ def sharded_steps(out, place):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from letkd.layer import supervised
-    from letkd.processes import gathered, joined, rank
+    from letkd.runs.processes import gathered, joined, rank
     os.environ |= place
     torch.set_num_threads(1)
     with joined('cpu'):

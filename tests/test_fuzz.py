@@ -28,22 +28,25 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from letkd.checkpoints import Checkpoints, _sum
+from letkd.runs.checkpoints import Checkpoints, _sum
 from letkd.cli import main
 from letkd.data import imagenet, tiny_imagenet
 from letkd.data.cifar import CIFAR100, cifar100
 from letkd.data.batches import Batches, Images
 from letkd.data.files import md5_of, read_tensors
 from letkd.distiller import Distiller
-from letkd.experiments import DATASETS, Experiment, cached, digest, load_run, read_record, run, save_module
+from letkd.runs.recipes import DATASETS
+from letkd.runs.experiments import Experiment, digest
+from letkd.runs.records import cached, read_record, save_module
+from letkd.runs.running import load_run, run
 from letkd.layer import KDLayer
 from letkd.methods import METHODS, CrossEntropy
 from letkd.models.zoo import create_model, load_weights, read_checkpoint
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
 from letkd.subclasses import SubClasses
 from letkd.taps import insert
-from letkd.tables import STYLES, format_table, read_records, summary
-from letkd.training import Training
+from letkd.results.tables import STYLES, format_table, read_records, summary
+from letkd.runs.training import Training
 
 LIMIT = 60  # seconds for one input, on a busy machine; it needs milliseconds
 CLEAR = (ValueError, OSError, KeyError)  # the errors of a loader
@@ -565,14 +568,14 @@ def command(index, folder) -> str:
 
 @pytest.fixture
 def nothing_runs(monkeypatch, tmp_path):
-    "`letkd.experiments.run` only looks where it would write."
+    "`letkd.runs.running.run` only looks where it would write."
     def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m', log=None):
         folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
         assert folder.is_relative_to(out) and folder != out and '\0' not in e.folder and len(e.folder) < 250, e.folder
         assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))
         return record(e.name) | dict(settings=json.loads(json.dumps(e.__dict__)), seed=e.seed)
-    monkeypatch.setattr('letkd.experiments.run', run)
-    monkeypatch.setattr('letkd.probes.probe_run', run)
+    monkeypatch.setattr('letkd.runs.running.run', run)
+    monkeypatch.setattr('letkd.results.probes.probe_run', run)
     monkeypatch.setattr('letkd.cli.demo_figures', lambda *_: [])
     for name in ('_costs', 'bench_command'): monkeypatch.setattr(f'letkd.cli.{name}', lambda *_, **__: None)
     (tmp_path/'record.json').write_text(json.dumps(record()))

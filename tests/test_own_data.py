@@ -69,7 +69,8 @@ def test_a_slip_is_met_before_anything_is_trained(settings, says, photos, tmp_pa
 @pytest.mark.parametrize('classes', [2, 10])
 def test_few_classes_are_enough_for_letkd2(classes, photos, tmp_path, capsys):
     "LDA keeps one dimension less than there are classes."
-    from letkd.experiments import Experiment, load_run
+    from letkd.runs.experiments import Experiment
+    from letkd.runs.running import load_run
     shutil.rmtree(photos)
     noise = np.random.default_rng(0)
     for i in range(6 * classes):

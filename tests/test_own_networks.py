@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from letkd.checks import classifier
 from letkd.distiller import CrossEntropy, Distiller, KD, Term
-from letkd.experiments import Experiment, run
+from letkd.runs.experiments import Experiment
+from letkd.runs.running import run
 from letkd.layer import KDLayer, supervised
 from letkd.fused import fused_kd_layer
 from letkd.matching import DenseTarget

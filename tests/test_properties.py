@@ -14,7 +14,8 @@ from hypothesis import assume, example, given, settings, strategies as st
 from torch import nn
 
 from letkd.distiller import Distiller
-from letkd.experiments import DATASETS, Experiment
+from letkd.runs.recipes import DATASETS
+from letkd.runs.experiments import Experiment
 from letkd.fused import fused_kd_layer
 from letkd.layer import KDLayer
 from letkd.matching import DenseTarget, kd_layer
@@ -22,9 +23,9 @@ from letkd.methods import CrossEntropy, create_terms, method_options
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
 from letkd.solver import kkt, match_entropic, match_linear, match_quadratic
 from letkd.subclasses import SubClasses
-from letkd.tables import experiment_of
+from letkd.runs.records import experiment_of
 from letkd.taps import grid_of, rows
-from letkd.training import NonFiniteLoss, Training, train
+from letkd.runs.training import NonFiniteLoss, Training, train
 
 FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])

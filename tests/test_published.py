@@ -10,15 +10,17 @@ import torch
 
 from letkd.data.batches import Batches, Images
 from letkd.distiller import Distiller
-from letkd.experiments import DATASETS, ORIGINAL, Experiment, read_record
+from letkd.runs.recipes import DATASETS, ORIGINAL
+from letkd.runs.experiments import Experiment
+from letkd.runs.records import read_record
 from letkd.methods import METHODS, create_terms, method_options
 from letkd.models import create_model
 from letkd.models.pairs import pair_taps
-from letkd.published import ABLATIONS, published
-from letkd.tables import experiment_of
-from letkd.training import Training
+from letkd.results.published import ABLATIONS, published
+from letkd.runs.records import experiment_of
+from letkd.runs.training import Training
 
-RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'records'
 MOBILE = ('mobilenetv2', 'shufflenetv1', 'shufflenetv2')
 RN50, PHOTOS = 'resnet50-mobilenetv2', ('resnet34-resnet18', 'torchvision/resnet50-mobilenet_v2')
 

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from configparser import ConfigParser
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
                    if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
 MODULES = sorted(p.relative_to(ROOT).as_posix() for p in LIB.rglob('*.py') if p.name[0] != '_')
 LONGEST_CELL = 25  # lines that are not blank: what is read in one glance
-LONG_CELLS = {'21_experiments.ipynb#082f76e7': 'one setting a line, with its comment'}  # 'notebook#cell id': why it is longer
+LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its comment'}  # 'notebook#cell id': why it is longer
 
 
 @cache
@@ -140,13 +141,38 @@ def exporters():
     return found
 
 
-@pytest.mark.parametrize('name', [n for n in NOTEBOOKS if n != 'index.ipynb'])
-def test_a_notebook_imports_only_from_earlier_ones(name):
-    order, home = sidebar(), exporters()
-    assert name in order, f'{name} is not in the sidebar of _quarto.yml'
+STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n) and n != '09_checks.ipynb'] 
+
+
+def test_the_story_is_numbered_without_gaps():
+    assert [int(n[:2]) for n in STORY] == list(range(int(STORY[0][:2]), int(STORY[0][:2]) + len(STORY))), STORY
+    assert [n for n in sidebar() if n in STORY] == STORY, 'the sidebar has the chapters in their order'
+
+
+@pytest.mark.parametrize('name', STORY)
+def test_a_chapter_needs_no_later_chapter(name):
+    home = exporters()
     used = {m for _, source in cells(name, 'code') for m in imports(bare(source)) if m in home}
-    late = sorted(m for m in used if order.index(home[m]) > order.index(name))
+    late = sorted(m for m in used if home[m] in STORY and STORY.index(home[m]) > STORY.index(name))
     assert not late, f'{name} imports {late}, which a reader meets only later'
+
+
+def room(module):
+    "What a module of the library counts as: its folder, or itself where it lies at the top."
+    return module.split('.')[1] if module.count('.') else 'letkd'
+
+
+def test_imports_between_folders_go_one_way():
+    "Imports inside functions count too."
+    graph = {}
+    for path in MODULES:
+        module = path[:-3].replace('/', '.')
+        for name in imports((ROOT/path).read_text(encoding='utf-8')):
+            dots = len(name) - len(name.lstrip('.'))
+            found = '.'.join([*module.split('.')[:-dots], name[dots:]]) if dots else name
+            if found.startswith('letkd.') and room(found) != room(module): graph.setdefault(room(module), set()).add(room(found))
+    try: list(TopologicalSorter(graph).static_order())
+    except CycleError as error: raise AssertionError(f'these import each other: {" → ".join(error.args[1])}') from None
 
 
 # What a reader sees
@@ -336,7 +362,7 @@ def test_the_package_shows_what_matters():
     for name in letkd.__all__: assert getattr(letkd, name) is not None
     exported = {m.split('.')[1] for m in exporters()}
     assert exported == set(letkd._modules), 'letkd._modules lists the modules of the library'
-    for package in (letkd.models, letkd.data, letkd.baselines):
+    for package in (letkd.models, letkd.data, letkd.baselines, letkd.runs, letkd.results):
         inside = {m.removeprefix(f'{package.__name__}.') for m in exporters() if m.startswith(f'{package.__name__}.')}
         assert inside == set(package._modules) <= set(dir(package)), f'{package.__name__}._modules lists its modules'
         with pytest.raises(AttributeError, match='no_such_name'): package.no_such_name
@@ -419,7 +445,7 @@ def test_sizes(files):
 def refuse(constant): raise ValueError(f'{constant} is not JSON')
 
 
-@pytest.mark.parametrize('path', sorted((NBS/'results').rglob('*.json')), ids=lambda p: p.name)
-def test_results_parse(path):
+@pytest.mark.parametrize('path', sorted((NBS/'records').rglob('*.json')), ids=lambda p: p.name)
+def test_records_parse(path):
     record = json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
     assert record, f'{path.name} is empty'

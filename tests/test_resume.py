@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(server, whole,
 
 
 def intact(out, method):
-    from letkd.checkpoints import Checkpoints
+    from letkd.runs.checkpoints import Checkpoints
     newest = checkpoints(out, method)[-1]
     assert Checkpoints(newest.parent).load()['conditions']
     return newest

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data.files import make_folder, read_torch
-from ..imports import IMPORTED, fault
+from .imports import IMPORTED, fault
 
 # %% ../../nbs/models/others.ipynb #5aa814d9
 def unknown_network(
@@ -120,7 +120,7 @@ def own_network(
     "A network that a function of one's own makes."
     name, expected = f'network {module + ":" + function!r}', f'expected a function: def {function}(num_classes): ..., which returns an nn.Module'
     if module not in IMPORTED:
-        raise ValueError(f'{name}: found no import of {module}; expected letkd --import {module}.py, or in Python letkd.imports.load')
+        raise ValueError(f'{name}: found no import of {module}; expected letkd --import {module}.py, or in Python letkd.models.imports.load')
     make, names = getattr(IMPORTED[module].module, function, None), ', '.join(own_names()) or 'none'
     if make is None: raise ValueError(f'{name}: found no {function} there; {expected}. Networks of imported files: {names}')
     if not callable(make) or not _takes_classes(make): raise ValueError(f'{name}: found {make!r:.60} without num_classes; {expected}')
