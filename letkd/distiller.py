@@ -22,7 +22,8 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import (Layout, as_maps, capture, compiled_capture, evaluating, find_layout, grid_of, insert, is_exported,
+from .taps import (Layout, as_maps, capture, compiled_capture, evaluating,
+                        find_layout, grid_of, insert, is_exported,
                         largest, logits_of, replace, resolve, rows, stream, unpack)
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
@@ -33,7 +34,8 @@ class Batch:
     labels: Tensor                  # B class numbers, or B x Y shares of the classes
     index: Optional[Tensor] = None  # B, place of each image in the training set
     progress: float = 0.            # share of the training that is done, 0 to 1
-    after_epoch: Optional[float] = None # the same at the end of the running epoch; None: nobody counts epochs, `progress`
+    # the same at the end of the running epoch; None: nobody counts epochs, `progress`
+    after_epoch: Optional[float] = None
 
     def __post_init__(self):
         if self.after_epoch is None: self.after_epoch = self.progress
@@ -47,56 +49,75 @@ class Batch:
 class Maps:
     "What the two networks said about a batch."
     teacher_logits: Optional[Tensor] = None                # B x Y
-    teacher: dict[str, Tensor] = field(default_factory=dict) # tap: map B x C x H x W, see `letkd.taps.as_maps`
+    # tap: map B x C x H x W, see `letkd.taps.as_maps`
+    teacher: dict[str, Tensor] = field(default_factory=dict)
     student_logits: Optional[Tensor] = None                # B x Y
     student: dict[str, Tensor] = field(default_factory=dict) # tap: map
-    losses: dict[str, Tensor] = field(default_factory=dict)  # tap: loss of the KD layer that stands there
+    # tap: loss of the KD layer that stands there
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
 # %% ../nbs/07_distiller.ipynb #3b179a10
 class Term(nn.Module):
-    "One loss. A method derives from it and writes `forward`; everything else is declared here."
+    """One loss. A method derives from it and writes `forward`; everything else is
+    declared here."""
     def __init__(self,
                  name: str,             # of the loss, in logs and records
                  weight: float = 1.,    # factor in the total loss
-                 student_taps = (),     # maps of the student that `forward` reads from `maps.student`
+                 # maps of the student that `forward` reads from `maps.student`
+                 student_taps = (),
                  teacher_taps = (),     # maps of the teacher, in `maps.teacher`
                  teacher: bool = True,  # does it need the teacher at all?
-                 layers: Optional[dict] = None, # {tap: KDLayer, or any module that takes a map and gives one}, put into the student
-                 replaces: Optional[dict] = None, # {path: module that takes its place in the student}
+                 # {tap: module from map to map}, put into the student
+                 layers: Optional[dict] = None,
+                 # {path: module that takes its place in the student}
+                 replaces: Optional[dict] = None,
                 ):
         super().__init__()
         self.name, self.weight, self.teacher = name, weight, teacher
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
-        self.layers, self.replaces = layers or {}, replaces or {}  # plain dicts: these belong to the student, and are saved with it
+        # plain dicts: these belong to the student, and are saved with it
+        self.layers, self.replaces = layers or {}, replaces or {}
 
-    same_classes = False # does it compare logits, so that student and teacher must know the same classes?
+    # does it compare logits, so that student and teacher must know the same classes?
+    same_classes = False
 
-    def silent(self, batch: Batch) -> bool: return False # is its loss a zero without a gradient in this step, and meant to be?
-    def targets(self, maps: Maps, batch: Batch) -> dict: return {} # {tap of a layer: its target}; the teacher has run
-    def forward(self, maps: Maps, batch: Batch) -> Tensor: raise NotImplementedError # scalar, before the weight
+    def silent(self, batch: Batch) -> bool:
+        # is its loss a zero without a gradient in this step, and meant to be?
+        return False
+    def targets(self, maps: Maps, batch: Batch) -> dict:
+        return {} # {tap of a layer: its target}; the teacher has run
+    def forward(self, maps: Maps, batch: Batch) -> Tensor:
+        raise NotImplementedError # scalar, before the weight
     def extra_repr(self) -> str: return f'{self.name}, weight={self.weight:g}'
 
 # %% ../nbs/07_distiller.ipynb #278c395f
 class Distiller(nn.Module):
-    "Runs student and teacher once and returns the student's logits and the weighted losses by name."
+    """Runs student and teacher once and returns the student's logits and the weighted
+    losses by name."""
     def __init__(self,
-                 student: nn.Module,           # any classifier; KD layers of the terms are inserted into it
-                 teacher: Optional[nn.Module], # any classifier, put into eval mode; None where no term needs one
+                 # any classifier; KD layers of the terms are inserted into it
+                 student: nn.Module,
+                 # any classifier, put into eval mode; None where no term needs one
+                 teacher: Optional[nn.Module],
                  terms: Iterable[Term],        # the method
-                 output: Optional[Callable] = None, # finds the logits in what a network returns; see `letkd.taps.logits_of`
+                 # finds the logits, see `letkd.taps.logits_of`
+                 output: Optional[Callable] = None,
                 ):
         super().__init__()
         self.student, self.terms = student, nn.ModuleList(terms)
-        self.__dict__.update(teacher=as_module(teacher), known=(None, ()), layouts=dict(student={}, teacher={}))
+        self.__dict__.update(teacher=as_module(teacher), known=(None, ()),
+                             layouts=dict(student={}, teacher={}))
         self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
-        self.compiled, self.output, self.looked, self.frozen, self.inserted = None, output, False, set(), []
+        self.compiled, self.output, self.looked = None, output, False
+        self.frozen, self.inserted = set(), []
         raise_all('Distiller', _faults(self))
         self._insert()
         _settle(self)
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
         "The union of what the terms declare, in order."
-        return list(dict.fromkeys(tap for t in self.terms for tap in getattr(t, f'{side}_taps')))
+        return list(dict.fromkeys(tap for t in self.terms
+                                  for tap in getattr(t, f'{side}_taps')))
 
     def _apply(self, fn, recurse=True):
         if self.teacher is not None: self.teacher._apply(fn, recurse)
@@ -108,12 +129,15 @@ class _Function(nn.Module):
     def __init__(self, function: Callable): super().__init__(); self.function = function
     def forward(self, images): return self.function(images)
 
-def as_module(teacher) -> Optional[nn.Module]: # a network, a function of images, or None
+def as_module(teacher
+             ) -> Optional[nn.Module]: # a network, a function of images, or None
     "A teacher as a module."
     if teacher is None or isinstance(teacher, nn.Module): return teacher
     if callable(teacher): return _Function(teacher)
-    raise TypeError(f'teacher: found {type(teacher).__name__}; expected a network, a function of images, or None. '
-                    'Several teachers are one: a function that returns the mean of their logits')
+    raise TypeError(f'teacher: found {type(teacher).__name__}; expected a network, a '
+                    'function of images, or None. '
+                    'Several teachers are one: a function that returns the mean of '
+                    'their logits')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a08
 def raise_all(what: str, faults: Iterable): # a class or function; exceptions
@@ -121,7 +145,9 @@ def raise_all(what: str, faults: Iterable): # a class or function; exceptions
     found = list({str(e): e for e in faults}.values())
     if len(found) == 1: raise found[0]
     said = lambda e: str(e.args[0]) if e.args else repr(e)
-    if found: raise ValueError(f'{what}: found {len(found)} faults\n' + '\n'.join(f'- {said(e)}' for e in found))
+    if found:
+        raise ValueError(f'{what}: found {len(found)} faults\n'
+                         + '\n'.join(f'- {said(e)}' for e in found))
 
 def attempted(do: Callable, *args) -> list: # of the exception that came, if one did
     "Call a function and keep its error."
@@ -131,17 +157,27 @@ def attempted(do: Callable, *args) -> list: # of the exception that came, if one
 
 # %% ../nbs/07_distiller.ipynb #9c256bf5
 def _faults(d: Distiller) -> Iterator[Exception]:
-    "Where the terms do not fit together, or to the networks; nothing has been changed yet."
-    names, places = [t.name for t in d.terms], [tap for t in d.terms for tap in t.layers]
+    """Where the terms do not fit together, or to the networks; nothing has been changed
+    yet."""
+    names, places = [t.name for t in d.terms], [tap for t in d.terms
+                                                for tap in t.layers]
     paths = [path for t in d.terms for path in t.replaces]
-    if not isinstance(d.student, nn.Module): yield TypeError(f'student: found {type(d.student).__name__}; expected a network')
-    if len(set(names)) < len(names): yield ValueError(f'Distiller: found terms {names}; each needs a name of its own')
+    if not isinstance(d.student, nn.Module):
+        yield TypeError(f'student: found {type(d.student).__name__}; expected '
+                        'a network')
+    if len(set(names)) < len(names):
+        yield ValueError(f'Distiller: found terms {names}; each needs a name '
+                         'of its own')
     if d.needs_teacher and d.teacher is None:
-        yield ValueError(f'Distiller: found no teacher; {[t.name for t in d.terms if t.teacher]} need one')
+        yield ValueError('Distiller: found no teacher; '
+                         f'{[t.name for t in d.terms if t.teacher]} need one')
     for what, at in (('KD layers', places), ('replacements', paths)):
-        if len(set(at)) < len(at): yield ValueError(f'Distiller: found {what} at {at}; each place holds one')
-    for tap in dict.fromkeys([*d.taps('student'), *places, *paths]): yield from named('student', attempted(resolve, d.student, tap))
-    for tap in d.taps('teacher') if d.teacher is not None else (): yield from named('teacher', attempted(resolve, d.teacher, tap))
+        if len(set(at)) < len(at):
+            yield ValueError(f'Distiller: found {what} at {at}; each place holds one')
+    for tap in dict.fromkeys([*d.taps('student'), *places, *paths]):
+        yield from named('student', attempted(resolve, d.student, tap))
+    for tap in d.taps('teacher') if d.teacher is not None else ():
+        yield from named('teacher', attempted(resolve, d.teacher, tap))
     yield from _shared(d)
     yield from _wrapped(d)
 
@@ -151,75 +187,103 @@ def named(side: str, faults: list) -> list: # 'student' or 'teacher'; exceptions
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a02
 def _shared(d: Distiller) -> list:
-    "What belongs to the teacher and to what is trained: training would change the teacher, and eval mode the student."
+    """What belongs to the teacher and to what is trained: training would change the
+    teacher, and eval mode the student."""
     if d.teacher is None: return []
-    trained = [d.student, *d.terms, *(m for t in d.terms for m in [*t.layers.values(), *t.replaces.values()])]
-    kinds = dict(module='named_modules', parameter='named_parameters', buffer='named_buffers')
+    trained = [d.student, *d.terms, *(m for t in d.terms
+                                      for m in [*t.layers.values(),
+                                                *t.replaces.values()])]
+    kinds = dict(module='named_modules', parameter='named_parameters',
+                 buffer='named_buffers')
     for kind, walk in kinds.items():
         theirs = {id(x): name for name, x in getattr(d.teacher, walk)()}
-        both = [(name, theirs[id(x)]) for part in trained for name, x in getattr(part, walk)()
+        both = [(name, theirs[id(x)]) for part in trained for name,
+                x in getattr(part, walk)()
                 if id(x) in theirs and not _is_stateless(x)]
         if both:
-            pairs = ', '.join(f'{a or "(itself)"!r}' + f' is {b or "(itself)"!r}' * (a != b) for a, b in both[:4])
-            return [ValueError(f'Distiller: found {len(both)} {kind}s that the student or a term shares with the teacher ({pairs}); the teacher '
-                               'must not change while the student is trained: give it its own by copy.deepcopy')]
+            pairs = ', '.join(f'{a or "(itself)"!r}'
+                              + f' is {b or "(itself)"!r}' * (a != b) for a,
+                              b in both[:4])
+            return [ValueError(f'Distiller: found {len(both)} {kind}s that the student '
+                               f'or a term shares with the teacher ({pairs}); '
+                               'the teacher '
+                               'must not change while the student is trained: give it '
+                               'its own by copy.deepcopy')]
     return []
 
-def _is_stateless(x) -> bool: # the same activation may stand in two networks, as a default argument does
-    return isinstance(x, nn.Module) and type(x).__module__ == 'torch.nn.modules.activation' and not [*x.parameters()]
+def _is_stateless(x) -> bool:
+    # the same activation may stand in two networks, as a default argument does
+    return (isinstance(x, nn.Module) and type(x).__module__
+            == 'torch.nn.modules.activation' and not [*x.parameters()])
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a03
-_WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel', 'FSDPModule'}
+_WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel',
+             'FSDPModule'}
 
 def _wrapped(d: Distiller) -> Iterator[Exception]:
     "Engines around the student, which know nothing of what the terms train."
-    found = {k.__name__ for m in d.student.modules() for k in type(m).__mro__} & _WRAPPERS
+    found = {k.__name__ for m in d.student.modules()
+             for k in type(m).__mro__} & _WRAPPERS
     trains = [t.name for t in d.terms if [*t.parameters()] or t.layers or t.replaces]
     if found and trains:
-        yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, which would not synchronise what {trains} '
-                         'train beside it: wrap the distiller instead, as in DistributedDataParallel(Distiller(network, teacher, terms))')
+        yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, '
+                         f'which would not synchronise what {trains} '
+                         'train beside it: wrap the distiller instead, as in '
+                         'DistributedDataParallel(Distiller(network, teacher, terms))')
 
 # %% ../nbs/07_distiller.ipynb #c524914a
 @patch
 def forward(self: Distiller,
-            images: Tensor,                 # B x 3 x H x W; or a whole batch, see `letkd.taps.unpack`
-            labels: Optional[Tensor] = None, # B class numbers, or B x Y shares of the classes
+            images: Tensor, # B x 3 x H x W; or a whole batch, see `letkd.taps.unpack`
+            # B class numbers, or B x Y shares of the classes
+            labels: Optional[Tensor] = None,
             index: Optional[Tensor] = None, # B, place in the training set
             progress: float = 0.,           # share of the training done
-            after_epoch: Optional[float] = None, # the same at the end of the running epoch, see `Batch`
-           ) -> tuple:                      # (student's logits B x Y, {name: weighted loss})
+            # the same at the end of the running epoch, see `Batch`
+            after_epoch: Optional[float] = None,
+           ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    batch, maps, layers = self.batch(images, labels, index, progress, after_epoch), Maps(), self.layers
+    batch, maps, layers = self.batch(images, labels, index, progress,
+                                     after_epoch), Maps(), self.layers
     targets = self._targets(maps, batch)
     with nullcontext() if self.looked else _counted(self), \
          capture(self.student, self.taps('student')) as maps.student, \
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
         maps.student_logits = self._logits('student', self.student(batch.images))
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
-    maps.student = as_maps(self.student, maps.student, batch.images, self.layouts['student'])
+    maps.student = as_maps(self.student, maps.student, batch.images,
+                           self.layouts['student'])
     if not self.looked: self._look(maps, batch)
     found = {term.name: term(maps, batch) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
-    return maps.student_logits, {term.name: term.weight * found[term.name] for term in self.terms}
+    return maps.student_logits, {term.name: term.weight * found[term.name]
+                                 for term in self.terms}
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a05
 def _is_plain(images, labels, index) -> bool: # nothing to do?
-    return (isinstance(images, Tensor) and isinstance(labels, Tensor) and labels.dtype is torch.int64 and labels.ndim == 1
-            and (index is None or isinstance(index, Tensor) and index.dtype is torch.int64) and 0 < len(labels) == len(images))
+    return (isinstance(images, Tensor) and isinstance(labels, Tensor)
+            and labels.dtype is torch.int64 and labels.ndim == 1
+            and (index is None or isinstance(index, Tensor)
+                 and index.dtype is torch.int64) and 0 < len(labels) == len(images))
 
 @patch
-def batch(self: Distiller, images, labels=None, index=None, progress=0., after_epoch=None) -> Batch: # as of `forward`
+def batch(self: Distiller, images, labels=None, index=None, progress=0.,
+          after_epoch=None) -> Batch:
+    # as of `forward`
     "What the terms see, from whatever the loader gives."
-    if _is_plain(images, labels, index): return Batch(images, labels, index, progress, after_epoch)
+    if _is_plain(images, labels, index):
+        return Batch(images, labels, index, progress, after_epoch)
     given = index
-    images, labels, index = unpack(images if labels is None else (images, labels, index), look=not self.looked)
+    images, labels, index = unpack(images if labels is None
+                                   else (images, labels, index), look=not self.looked)
     if given is not None and index is None:
         found = f'{type(given).__name__} {list(getattr(given, "shape", ()))}'
         raise ValueError(f'index: found {found}; expected {len(labels)} whole numbers')
     return Batch(images, labels, index, progress, after_epoch)
 
 @patch
-def _logits(self: Distiller, side: str, out) -> Tensor: # what the network of that side has returned
+def _logits(self: Distiller, side: str, out
+           ) -> Tensor: # what the network of that side has returned
     return out if isinstance(out, Tensor) else logits_of(out, side, self.output)
 
 # %% ../nbs/07_distiller.ipynb #847fdf9c
@@ -227,8 +291,10 @@ def _logits(self: Distiller, side: str, out) -> Tensor: # what the network of th
 def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
     if self.needs_teacher:
         maps.teacher_logits, found = self._teacher(batch)
-        maps.teacher = as_maps(self.teacher, found, batch.images, self.layouts['teacher'])
-    return {tap: target for term in self.terms for tap, target in term.targets(maps, batch).items()}
+        maps.teacher = as_maps(self.teacher, found, batch.images,
+                               self.layouts['teacher'])
+    return {tap: target for term in self.terms for tap,
+            target in term.targets(maps, batch).items()}
 
 @patch
 def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
@@ -239,7 +305,8 @@ def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
     with torch.no_grad():
         if self.compiled: out, maps = self.compiled(batch.images)
         else:
-            with capture(self.teacher, self.taps('teacher')) as maps: out = self.teacher(batch.images)
+            with capture(self.teacher, self.taps('teacher')) as maps:
+                out = self.teacher(batch.images)
         return self._logits('teacher', out), maps
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a06
@@ -248,20 +315,23 @@ def _settle(d: Distiller):
     teacher, modules = d.known
     if teacher is not d.teacher:  # the first time, or it was folded
         if is_exported(d.teacher): _check_exported(d.teacher)
-        d.known = teacher, modules = d.teacher, [] if is_exported(d.teacher) else list(d.teacher.modules())
+        d.known = teacher, modules = (d.teacher, [] if is_exported(d.teacher)
+                                      else list(d.teacher.modules()))
     if True in [m.training for m in modules]: teacher.eval()
 
 def _check_exported(model: nn.Module):
     "The mode of an exported network is that in which it was exported."
     places = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}
-    asked = [(n.name, n.args[places[str(n.target)]]) for n in model.graph.nodes if str(n.target) in places]
+    asked = [(n.name, n.args[places[str(n.target)]]) for n in model.graph.nodes
+             if str(n.target) in places]
     if learning := [name for name, trains in asked if trains is True]:
-        raise ValueError(f'teacher: found a network that was exported in train mode ({learning[0]}); '
-                         'export it from network.eval()')
+        raise ValueError('teacher: found a network that was exported in train mode '
+                         f'({learning[0]}); export it from network.eval()')
 
 # %% ../nbs/07_distiller.ipynb #a91d9c41
 @patch
-def targets(self: Distiller, images: Tensor, labels: Optional[Tensor] = None) -> dict: # {tap of a KD layer: its target for this batch}
+def targets(self: Distiller, images: Tensor, labels: Optional[Tensor] = None
+           ) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
     return self._targets(Maps(), self.batch(images, labels))
 
@@ -275,8 +345,10 @@ def _insert(self: Distiller):
     "Put into the student what the terms bring; all of it, or nothing."
     try:
         for term in self.terms:
-            for path, module in term.replaces.items(): self.inserted.append(replace(self.student, path, module))
-        for tap, layer in self.layers.items(): self.inserted.append(insert(self.student, tap, layer))
+            for path, module in term.replaces.items():
+                self.inserted.append(replace(self.student, path, module))
+        for tap, layer in self.layers.items():
+            self.inserted.append(insert(self.student, tap, layer))
     except BaseException: self.remove(); raise
 
 @patch
@@ -294,19 +366,25 @@ def _counted(d: Distiller):
     def check(module, tap, parent):
         count(module, (tap,))
         if calls[tap,] > 1:
-            why = 'loops over all its children' if calls[tap] == 1 else f'is called {calls[tap]} times'
-            raise RuntimeError(f'tap {tap!r}: the layer there runs twice, because its {parent} {why}; '
-                               "put it elsewhere, such as at the next module's ':input'")
+            why = ('loops over all its children' if calls[tap] == 1
+                   else f'is called {calls[tap]} times')
+            raise RuntimeError(f'tap {tap!r}: the layer there runs twice, because its '
+                               f'{parent} {why}; '
+                               "put it elsewhere, such as at the next module's "
+                               "':input'")
     for tap, layer in d.layers.items():
         parent = resolve(d.student, tap)
-        handles.append(parent.register_forward_pre_hook(lambda m, args, tap=tap: count(m, tap), prepend=True))
-        handles.append(layer.register_forward_pre_hook(lambda m, args, tap=tap, name=type(parent).__name__: check(m, tap, name)))
+        handles.append(parent.register_forward_pre_hook(lambda m, args,
+                                                        tap=tap: count(m, tap),
+                                                        prepend=True))
+        hook = lambda m, args, tap=tap, name=type(parent).__name__: check(m, tap, name)
+        handles.append(layer.register_forward_pre_hook(hook))
     try: yield
     finally:
         for handle in handles: handle.remove()
     if idle := [tap for tap in d.layers if (tap,) not in calls]:
-        raise RuntimeError(f'taps {idle}: the layer there did not run. Is it still in the student, and does the student '
-                           'call that module?')
+        raise RuntimeError(f'taps {idle}: the layer there did not run. Is it still in '
+                           'the student, and does the student call that module?')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b03
 @patch
@@ -314,47 +392,63 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
     "Labels and logits fit."
     z, y, count = maps.student_logits, batch.labels, len(batch.labels)
     if z.ndim != 2 or len(z) != count:
-        raise ValueError(f'student: found an output of shape {tuple(z.shape)}; expected logits B x Y of {count} images')
+        raise ValueError(f'student: found an output of shape {tuple(z.shape)}; '
+                         f'expected logits B x Y of {count} images')
     if y.ndim == 2 and y.shape[1] != z.shape[1]:
-        raise ValueError(f'labels: found shares of {y.shape[1]} classes; the student knows {z.shape[1]}')
+        raise ValueError(f'labels: found shares of {y.shape[1]} classes; the student '
+                         f'knows {z.shape[1]}')
     if y.ndim == 1 and not 0 <= y.min() <= y.max() < z.shape[1]:
-        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; expected 0 to {z.shape[1] - 1}, '
-                         'the classes of the student')
+        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; '
+                         f'expected 0 to {z.shape[1] - 1}, the classes of the student')
     self.looked = True
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b05
 @patch
 def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch: Batch):
-    "Every loss and every map that a term reads has a gradient, unless it is meant to have none."
-    dead = [t.name for t in self.terms if not getattr(found[t.name], 'requires_grad', False) and not t.silent(batch)]
+    """Every loss and every map that a term reads has a gradient, unless it is meant to
+    have none."""
+    dead = [t.name for t in self.terms if not getattr(found[t.name], 'requires_grad',
+                                                      False) and not t.silent(batch)]
     taps = [tap for tap, x in maps.student.items() if not x.requires_grad]
     taps += [tap for tap, layer in self.layers.items() if layer in cut]
     if not dead and (not taps or self.frozen.issuperset(taps)): return
-    if not any(p.requires_grad for p in self.parameters()): return  # nothing learns here
-    hint = 'Is it within torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), torch.no_grad, or behind a detach()?'
+    if not any(p.requires_grad for p in self.parameters()): return # nothing learns here
+    hint = ('Is it within torch.utils.checkpoint in its reentrant form (pass '
+            'use_reentrant=False), torch.no_grad, or behind a detach()?')
     for tap in taps:
         if before := _trained_before(self, tap, batch.images):
-            raise RuntimeError(f"student's tap {tap!r}: found a map without a gradient, although {before} before it can be "
-                               f'trained. {hint} What shall not be trained needs requires_grad_(False)')
+            raise RuntimeError(f"student's tap {tap!r}: found a map without a "
+                               f"gradient, "
+                               f"although {before} before it can be "
+                               f'trained. {hint} What shall not be trained needs '
+                               'requires_grad_(False)')
         self.frozen.add(tap)
-    if dead: raise RuntimeError(f'{dead}: found a loss without a gradient, which teaches nobody. {hint} A term that reads a frozen '
-                                'part alone has to be left out; one that means to be silent says so in `Term.silent`')
+    if dead: raise RuntimeError(f'{dead}: found a loss without a gradient, which '
+                                f'teaches nobody. {hint} A term that reads a frozen '
+                                'part alone has to be left out; one that means to be '
+                                'silent says so in `Term.silent`')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b06
-def _trained_before(d: Distiller, tap: str, images: Tensor) -> str: # a parameter's name, or nothing
-    "The first parameter that can be trained of a module that is called before a map comes by its tap."
+def _trained_before(d: Distiller, tap: str, images: Tensor
+                   ) -> str: # a parameter's name, or nothing
+    """The first parameter that can be trained of a module that is called before a map
+    comes by its tap."""
     found, done, at = [], [], resolve(d.student, tap)
     layers = {m for layer in d.layers.values() for m in layer.modules()}
     def begin(module, path):
         own = [] if done or module in layers else module.named_parameters(recurse=False)
         found.extend(f'{path}.{name}'.lstrip('.') for name, p in own if p.requires_grad)
-    if ':input' in tap: handles = [at.register_forward_pre_hook(lambda m, args: done.append(1), prepend=True)]
+    if ':input' in tap:
+        handles = [at.register_forward_pre_hook(lambda m, args: done.append(1),
+                                                prepend=True)]
     else: handles = [at.register_forward_hook(lambda m, args, out: done.append(1))]
     for path, module in d.student.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: begin(m, path)))
+        handles.append(module.register_forward_pre_hook(lambda m, args,
+                                                        path=path: begin(m, path)))
     try:
         with warnings.catch_warnings(), evaluating(d.student) as model:
-            warnings.simplefilter('ignore')  # the checkpoint's, that nothing here has a gradient
+            # the checkpoint's, that nothing here has a gradient
+            warnings.simplefilter('ignore')
             model(images[:2])
     finally:
         for handle in handles: handle.remove()
@@ -365,7 +459,7 @@ class CrossEntropy(Term):
     "Cross-entropy with the labels; what every method adds to."
     def __init__(self,
                  weight: float = 1., # factor in the total loss
-                 start: float = 0.,  # share of the training before which it is silent, for methods with a phase of their own
+                 start: float = 0., # share of the training before which it is silent
                 ):
         super().__init__('ce', weight, teacher=False)
         self.start = start
@@ -374,28 +468,37 @@ class CrossEntropy(Term):
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         if self.silent(batch): return precise(maps.student_logits).new_zeros(())
-        if batch.labels.ndim == 1: return F.cross_entropy(maps.student_logits, batch.labels)
+        if batch.labels.ndim == 1:
+            return F.cross_entropy(maps.student_logits, batch.labels)
         z = precise(maps.student_logits)
         return F.cross_entropy(z, batch.labels.to(z.dtype))
 
 # %% ../nbs/07_distiller.ipynb #78a10e8e
-def soften(maps: Maps, temperature: float) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
+def soften(maps: Maps, temperature: float
+          ) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
     "Log-probabilities of teacher and student at a temperature."
     s, t = maps.student_logits, maps.teacher_logits
-    if s.shape != t.shape: raise ValueError(f'logits: found {s.shape[1]} classes in the student and {t.shape[1]} in the teacher; '
+    if s.shape != t.shape: raise ValueError(f'logits: found {s.shape[1]} '
+                                            'classes in the '
+                                            f'student and {t.shape[1]} in the teacher; '
                                             'methods on logits need the same classes')
-    return tuple(F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / temperature, dim=1) for z in (t, s))
+    return tuple(F.log_softmax(z.to(torch.promote_types(z.dtype,
+                                                        torch.float32)) / temperature,
+                               dim=1) for z in (t, s))
 
 class KD(Term):
-    "Softened logits [@hinton2015kd]; weight .9 with .1 cross-entropy alone, weight 1 in sums, as in the CRD paper's tables."
+    """Softened logits [@hinton2015kd]; weight .9 with .1 cross-entropy alone, weight 1
+    in sums, as in the CRD paper's tables."""
     same_classes = True
-    def __init__(self, weight: float = 1., temperature: float = 4.): # factor in the total loss; T
+    def __init__(self, weight: float = 1., temperature: float = 4.):
+        # factor in the total loss; T
         super().__init__('kd', weight)
         self.temperature = temperature
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         t, s = soften(maps, self.temperature)
-        return self.temperature ** 2 * F.kl_div(s, t, reduction='batchmean', log_target=True)
+        return self.temperature ** 2 * F.kl_div(s, t, reduction='batchmean',
+                                                log_target=True)
 
 # %% ../nbs/07_distiller.ipynb #756a357f
 def decoupled(log_t: Tensor,  # B x Y, log p_t
@@ -404,50 +507,65 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
              ) -> tuple:      # (TCKD, NCKD), B each
     "The two parts of the divergence of each image (@eq-dkd)."
     own = F.one_hot(labels, log_t.shape[1]).bool()
-    pairs = [torch.stack([z[own], z.masked_fill(own, -torch.inf).logsumexp(1)], 1) for z in (log_s, log_t)]
+    pairs = [torch.stack([z[own], z.masked_fill(own, -torch.inf).logsumexp(1)], 1)
+             for z in (log_s, log_t)]
     others = [F.log_softmax(z[~own].view(len(z), -1), dim=1) for z in (log_s, log_t)]
-    return tuple(F.kl_div(s, t, reduction='none', log_target=True).sum(1) for s, t in (pairs, others))
+    return tuple(F.kl_div(s, t, reduction='none', log_target=True).sum(1) for s,
+                 t in (pairs, others))
 
 # %% ../nbs/07_distiller.ipynb #6223ca24
 class DKD(Term):
-    "Decoupled KD [@zhao2022dkd]: min(after_epoch / warmup, 1) T² (alpha TCKD + beta NCKD)."
+    """Decoupled KD [@zhao2022dkd]: min(after_epoch / warmup, 1) T² (alpha TCKD + beta
+    NCKD)."""
     same_classes = True
     def __init__(self,
                  alpha: float = 1.,        # weight of TCKD
-                 beta: float = 8.,         # weight of NCKD; 2 for resnet56-resnet20 and resnet110-resnet32, 6 for wrn pairs
+                 # weight of NCKD; 2 for two resnet pairs, 6 for the wrn pairs
+                 beta: float = 8.,
                  temperature: float = 4.,  # T
-                 warmup: float = 20 / 240, # share of the training in which the weight grows, epoch by epoch; 20 of 240 epochs
+                 # share of the training in which the weight grows by epochs
+                 warmup: float = 20 / 240,
                 ):
         super().__init__('dkd')
-        self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
+        self.alpha, self.beta, self.temperature, self.warmup = (alpha, beta,
+                                                                temperature, warmup)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         tckd, nckd = decoupled(*soften(maps, self.temperature), batch.classes)
         grown = min(batch.after_epoch / self.warmup, 1.) if self.warmup else 1.
-        return grown * self.temperature ** 2 * (self.alpha * tckd + self.beta * nckd).mean()
+        return grown * self.temperature ** 2 * (self.alpha * tckd
+                                                + self.beta * nckd).mean()
 
 # %% ../nbs/07_distiller.ipynb #1121e8a1
 class SupervisedLayer(Term):
-    "A KD layer in the student, taught by the teacher's rows; the term of QuEST, letKD-1 and letKD-2."
+    """A KD layer in the student, taught by the teacher's rows; the term of QuEST,
+    letKD-1 and letKD-2."""
     def __init__(self,
                  name: str,                # of the loss
                  student_tap: str,         # where the layer stands
                  teacher_tap: str,         # where the teacher's rows come from
-                 layer: KDLayer,           # with as many templates as the supervision has
+                 layer: KDLayer, # with as many templates as the supervision has
                  supervision: Supervision, # fitted
-                 grid: Optional[tuple] = None, # (h, w) of the student's map, to which the teacher's is pooled; None: as it is
+                 # (h, w) to which the teacher's map is pooled
+                 grid: Optional[tuple] = None,
                  weight: float = 1.,       # factor in the total loss
                 ):
         found, expected = len(layer.templates), supervision.num_templates
-        if found != expected: raise ValueError(f'{name}: found a KDLayer of {found} templates; the supervision has {expected}')
-        super().__init__(name, weight, teacher_taps=[teacher_tap], layers={student_tap: layer})
-        self.student_tap, self.teacher_tap, self.grid, self.supervision = student_tap, teacher_tap, grid, supervision
+        if found != expected:
+            raise ValueError(f'{name}: found a KDLayer of {found} templates; the '
+                             f'supervision has {expected}')
+        super().__init__(name, weight, teacher_taps=[teacher_tap],
+                         layers={student_tap: layer})
+        self.student_tap, self.teacher_tap = student_tap, teacher_tap
+        self.grid, self.supervision = grid, supervision
 
     def targets(self, maps: Maps, batch: Batch) -> dict:
         t = rows(maps.teacher[self.teacher_tap], self.grid)
-        return {self.student_tap: self.supervision.target(t, batch.classes.repeat_interleave(len(t) // len(batch.labels)))}
+        labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
+        return {self.student_tap: self.supervision.target(t, labels)}
 
-    def forward(self, maps: Maps, batch: Batch) -> Tensor: return maps.losses[self.student_tap]
+    def forward(self, maps: Maps, batch: Batch) -> Tensor:
+        return maps.losses[self.student_tap]
 
 # %% ../nbs/07_distiller.ipynb #112c790f
 @dataclass
@@ -455,23 +573,31 @@ class Setup:
     "What a method is built for."
     student: nn.Module            # any classifier
     teacher: Optional[nn.Module]  # any classifier
-    batches: Iterable             # re-iterable of what `letkd.taps.unpack` takes: the training set, not augmented
-    penultimate: tuple = ('layer3', 'layer3')      # (student's tap, teacher's tap) of the last feature map
-    intermediate: tuple = ('layer3.0', 'layer3.0') # the same, after the first block of the last stage
-    fit: Callable = lambda supervision, rows: supervision.fit(rows) # how to fit a supervision on a stream of rows, from a cache say
-    output: Optional[Callable] = None # finds the logits in what a network returns; see `letkd.taps.logits_of`
+    # re-iterable of what `letkd.taps.unpack` takes: the training set, not augmented
+    batches: Iterable
+    # (student's tap, teacher's tap) of the last feature map
+    penultimate: tuple = ('layer3', 'layer3')
+    # the same, after the first block of the last stage
+    intermediate: tuple = ('layer3.0', 'layer3.0')
+    # how to fit a supervision on a stream of rows, from a cache say
+    fit: Callable = lambda supervision, rows: supervision.fit(rows)
+    # finds the logits in what a network returns; see `letkd.taps.logits_of`
+    output: Optional[Callable] = None
 
     def __post_init__(self): self.teacher = as_module(self.teacher)
 
 # %% ../nbs/07_distiller.ipynb #62602546
-def _run(side: str, model: nn.Module, images: Tensor): # what a network of that side returns
+def _run(side: str, model: nn.Module, images: Tensor):
+    # what a network of that side returns
     "A pass in eval mode, or the error that says that the network takes no such images."
     try:
         with evaluating(model): return model(images)
     except Exception as error:
         size = ' x '.join(map(str, images.shape[1:]))
-        raise ValueError(f"{side}'s network, a {type(model).__name__}, does not take images of {size}: {error}. Create it for "
-                         'this size, such as with image_size=32 or img_size=32, or resize the images') from error
+        raise ValueError(f"{side}'s network, a {type(model).__name__}, does not take "
+                         f"images of {size}: {error}. Create it for "
+                         'this size, such as with image_size=32 or img_size=32, or '
+                         'resize the images') from error
 
 # %% ../nbs/07_distiller.ipynb #8e1c0c01
 @patch(as_prop=True)
@@ -479,9 +605,11 @@ def first(self: Setup) -> tuple: # (images, labels, index or None)
     "The first batch, read once."
     if '_first' not in vars(self):
         if isinstance(self.batches, Iterator):
-            raise TypeError(f'batches: found a {type(self.batches).__name__}, which can be read only once; expected a list or a loader')
+            raise TypeError(f'batches: found a {type(self.batches).__name__}, '
+                            'which can be read only once; expected a list or a loader')
         batch = next(iter(self.batches), None)
-        if batch is None: raise ValueError('batches: found none; expected the training set')
+        if batch is None:
+            raise ValueError('batches: found none; expected the training set')
         self._first = unpack(batch, look=True)
     return self._first
 
@@ -494,23 +622,29 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
 
 # %% ../nbs/07_distiller.ipynb #4067f49c
 @patch
-def place(self: Setup, side: str, tap: str) -> tuple: # (the tap with its layout, channels, (h, w)); of 'student' or 'teacher'
-    "Found by showing two images to a network in eval mode; a layout B x C x H x W is not named."
+def place(self: Setup, side: str, tap: str) -> tuple:
+    # (the tap with its layout, channels, (h, w)); of 'student' or 'teacher'
+    """Found by showing two images to a network in eval mode; a layout B x C x H x W is
+    not named."""
     model, images = getattr(self, side), self.first[0][:2]
-    if model is None: raise ValueError(f'{side}: found none; expected a network with the tap {tap!r}')
+    if model is None:
+        raise ValueError(f'{side}: found none; expected a network with the tap {tap!r}')
     raise_all(side, named(side, attempted(resolve, model, tap)))
     try:
         with evaluating(model), capture(model, tap) as maps: model(images)
-        x, layout = maps[tap], None if '@' in tap else find_layout(model, tap, maps[tap], images)
+        x, layout = (maps[tap], None if '@' in tap
+                     else find_layout(model, tap, maps[tap], images))
         if layout not in (None, Layout()): tap, x = f'{tap}@{layout}', layout.to_map(x)
         return tap, rows(x).shape[1], grid_of(x)
     except Exception as error:
         _run(side, model, images)  # raises where it is not the tap's fault
-        if isinstance(error, ValueError): raise ValueError(f"{side}'s {error}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{side}'s {error}") from error
         raise
 
 @patch
-def shape(self: Setup, side: str, tap: str) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
+def shape(self: Setup, side: str, tap: str
+         ) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
     return self.place(side, tap)[1:]
 
 # %% ../nbs/07_distiller.ipynb #159f633f
@@ -518,16 +652,21 @@ class _Lost(nn.Module):
     def forward(self, x): return torch.nan * x
 
 @patch
-def _place_of_layer(self: Setup, tap: str, alpha: float) -> tuple: # as `place`, in the student
+def _place_of_layer(self: Setup, tap: str, alpha: float
+                   ) -> tuple: # as `place`, in the student
     "Warn where a layer would stand at places that the logits do not depend on."
     tap, channels, grid = self.place('student', tap)
     if not alpha or '+' not in tap.partition('@')[2]: return tap, channels, grid
     lost = insert(self.student, tap, _Lost())
-    try: logits = logits_of(_run('student', self.student, self.first[0][:2]), 'student', self.output)
+    try:
+        logits = logits_of(_run('student', self.student, self.first[0][:2]), 'student',
+                           self.output)
     finally: lost.remove()
     if not logits.isnan().any():
-        warnings.warn(f"student's tap {tap!r}: what a layer adds there does not reach the logits, which depend on a token before "
-                      'the places alone by then; the supervision works, the embedding is lost. Tap an earlier block')
+        warnings.warn(f"student's tap {tap!r}: what a layer adds there does not reach "
+                      f"the logits, which depend on a token before "
+                      'the places alone by then; the supervision works, the embedding '
+                      'is lost. Tap an earlier block')
     return tap, channels, grid
 
 # %% ../nbs/07_distiller.ipynb #08fafdd5
@@ -539,30 +678,41 @@ def layer(self: Setup,
           alpha: float,             # weight of the embedding
          ) -> SupervisedLayer:
     "Fit a supervision at a pair of taps and build the layer that it teaches."
-    (ours, channels, grid), (theirs, *_) = self._place_of_layer(taps[0], alpha), self.place('teacher', taps[1])
-    supervision = self.fit(supervision, stream(self.teacher, theirs, self.batches, grid))
-    return SupervisedLayer(name, ours, theirs, KDLayer(channels, supervision.num_templates, alpha), supervision, grid)
+    (ours, channels, grid), (theirs, *_) = (self._place_of_layer(taps[0], alpha),
+                                            self.place('teacher', taps[1]))
+    supervision = self.fit(supervision, stream(self.teacher, theirs,
+                                               self.batches, grid))
+    return SupervisedLayer(name, ours, theirs, KDLayer(channels,
+                                                       supervision.num_templates,
+                                                       alpha), supervision, grid)
 
 # %% ../nbs/07_distiller.ipynb #46fa520e
 def kernel_tap(model: nn.Module # the teacher
               ) -> str:         # a module path
     "The first 3x3 convolution of the last block that has one."
-    found = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    if not found: raise ValueError(f'kernels: found no 3x3 convolution in {type(model).__name__}; use K-means')
+    found = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)
+             and m.kernel_size == (3, 3)]
+    if not found:
+        raise ValueError('kernels: found no 3x3 convolution in '
+                         f'{type(model).__name__}; use K-means')
     block = found[-1].rpartition('.')[0]
     return next(path for path in found if path.rpartition('.')[0] == block)
 
 # %% ../nbs/07_distiller.ipynb #81df4d8c
 def quest(setup: Setup,                  # what it is built for
           num_prototypes: int = 4096,    # K
-          tau: float = 1.,               # temperature of the prototypes, letKD's; QuEST's own is .2
+          tau: float = 1., # temperature of the prototypes, letKD's; QuEST's own is .2
           alpha_penultimate: float = 0., # 0: supervision alone
           kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
-          kernel_tau: float = .25,       # their temperature, in standard deviations of the responses
+          # their temperature, in standard deviations of the responses
+          kernel_tau: float = .25,
          ) -> list:                      # of terms
-    "Prototypes supervise the penultimate map through a KD layer without a transform [@jain2020quest]."
+    """Prototypes supervise the penultimate map through a KD layer without a transform
+    [@jain2020quest]."""
     taps, supervision = setup.penultimate, KMeansPrototypes(num_prototypes, tau)
-    if kernels: taps, supervision = (taps[0], kernel_tap(setup.teacher)), KernelPrototypes(kernel_tau)
+    if kernels:
+        taps, supervision = ((taps[0], kernel_tap(setup.teacher)),
+                             KernelPrototypes(kernel_tau))
     return [setup.layer('penultimate', taps, supervision, alpha_penultimate)]
 
 def letkd1(setup: Setup,                  # what it is built for
@@ -570,7 +720,8 @@ def letkd1(setup: Setup,                  # what it is built for
            tau: float = 1.,               # temperature of the prototypes
            alpha_penultimate: float = 1., # weight of the embedding
            kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
-           kernel_tau: float = .25,       # their temperature, in standard deviations of the responses
+           # their temperature, in standard deviations of the responses
+           kernel_tau: float = .25,
           ) -> list:                      # of terms
     "The KD layer at the penultimate map [@gorgun2023letkd]."
     return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau)
@@ -581,18 +732,22 @@ def letkd_intermediate(setup: Setup,                   # what it is built for
                        num_dims: int = 60,             # dimensions that LDA keeps
                        per_class: int = 8,             # sub-classes in each class
                       ) -> list:                       # of terms
-    "The KD layer at the intermediate map alone, a row of letKD's ablations [@gorgun2023letkd]."
-    return [setup.layer('intermediate', setup.intermediate, SubClasses(num_dims, per_class), alpha_intermediate)]
+    """The KD layer at the intermediate map alone, a row of letKD's ablations
+    [@gorgun2023letkd]."""
+    return [setup.layer('intermediate', setup.intermediate,
+                        SubClasses(num_dims, per_class), alpha_intermediate)]
 
 def letkd2(setup: Setup,                   # what it is built for
            num_prototypes: int = 4096,     # K of the penultimate layer
            tau: float = 1.,                # temperature of the prototypes
-           alpha_penultimate: float = 1.,  # weight of the embedding at the penultimate map
+           # weight of the embedding at the penultimate map
+           alpha_penultimate: float = 1.,
            alpha_intermediate: float = 1., # and at the intermediate one
            num_dims: int = 60,             # dimensions that LDA keeps
            per_class: int = 8,             # sub-classes in each class
           ) -> list:                       # of terms
-    "letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes [@gorgun2023letkd]."
+    """letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes
+    [@gorgun2023letkd]."""
     return [*letkd_intermediate(setup, alpha_intermediate, num_dims, per_class),
             *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
 
@@ -603,10 +758,12 @@ class FreeLayer(Term):
         super().__init__('layer', teacher=False, layers=layers)
 
     def silent(self, batch: Batch) -> bool: return True
-    def forward(self, maps: Maps, batch: Batch) -> Tensor: return precise(maps.student_logits).new_zeros(())
+    def forward(self, maps: Maps, batch: Batch) -> Tensor:
+        return precise(maps.student_logits).new_zeros(())
 
 @patch
-def free(self: Setup, tap: str, num_templates: int, alpha: float) -> tuple: # student's tap; K; weight of the embedding
+def free(self: Setup, tap: str, num_templates: int, alpha: float
+        ) -> tuple: # student's tap; K; weight of the embedding
     "A tap with its layout, and a KD layer for the student's map there."
     tap, channels, _ = self._place_of_layer(tap, alpha)
     return tap, KDLayer(channels, num_templates, alpha)
@@ -616,13 +773,16 @@ def layer(setup: Setup,                  # what it is built for
           alpha_penultimate: float = 1., # weight of the embedding
          ) -> list:                      # of terms
     "A KD layer at the penultimate map, without supervision."
-    return [FreeLayer(dict([setup.free(setup.penultimate[0], num_templates, alpha_penultimate)]))]
+    return [FreeLayer(dict([setup.free(setup.penultimate[0], num_templates,
+                                       alpha_penultimate)]))]
 
 # %% ../nbs/07_distiller.ipynb #938178cc
 def layer2(setup: Setup,                     # what it is built for
            num_templates: int = 4096,        # K of the penultimate layer
-           num_intermediate: int = 800,      # K of the intermediate layer: letKD-2's, 8 sub-classes of 100 classes
-           alpha_penultimate: float = 1.,    # weight of the embedding at the penultimate map
+           # K of the intermediate layer: letKD-2's, 8 sub-classes of 100 classes
+           num_intermediate: int = 800,
+           # weight of the embedding at the penultimate map
+           alpha_penultimate: float = 1.,
            alpha_intermediate: float = 1.,   # and at the intermediate one
           ) -> list:                         # of terms
     "Both KD layers of letKD-2, without supervision."
@@ -647,21 +807,28 @@ def dkd(setup: Setup,             # what it is built for
     return [DKD(dkd_alpha, dkd_beta, temperature, warmup)]
 
 # %% ../nbs/07_distiller.ipynb #8e1c0d01
-def _arrivals(index: Optional[Tensor], count: int) -> Tensor: # how often each of `count` places is in `index`
-    if index is None: raise ValueError('Distiller.remember: found a batch without index; expected (images, labels, index)')
+def _arrivals(index: Optional[Tensor], count: int
+             ) -> Tensor: # how often each of `count` places is in `index`
+    if index is None:
+        raise ValueError('Distiller.remember: found a batch without index; expected '
+                         '(images, labels, index)')
     if index.min() < 0 or index.max() >= count:
         wrong = index.min() if index.min() < 0 else index.max()
-        raise ValueError(f'Distiller.remember: found the index {int(wrong)}; expected 0 to {count - 1}')
+        raise ValueError(f'Distiller.remember: found the index {int(wrong)}; '
+                         f'expected 0 to {count - 1}')
     return index.cpu().bincount(minlength=count)
 
 # %% ../nbs/07_distiller.ipynb #dafb1074
 @patch
 def remember(self: Distiller,
-             batches: Iterable,     # of (images, labels, index): every training image once, as the student will see it
+             # of (images, labels, index): every image once, not augmented
+             batches: Iterable,
              count: int,            # N, images in the training set
-             limit: int = 2**32,    # bytes; a training set that needs more is not remembered
+             # bytes; a training set that needs more is not remembered
+             limit: int = 2**32,
             ) -> bool:              # is the teacher remembered?
-    "Run the teacher once over images that are not augmented; `forward` looks it up by `index` from then on."
+    """Run the teacher once over images that are not augmented; `forward` looks it up by
+    `index` from then on."""
     self.memory, memory, came = None, None, torch.zeros(count, dtype=torch.long)
     if not self.needs_teacher: return False
     for images, labels, index in map(unpack, batches):
@@ -669,13 +836,16 @@ def remember(self: Distiller,
         logits, maps = self._teacher(Batch(images, labels))
         said = [logits, *(maps[tap] for tap in self.taps('teacher'))]
         if memory is None:
-            if count * sum(x[0].numel() * x.element_size() for x in said) > limit: return False
+            if count * sum(x[0].numel() * x.element_size() for x in said) > limit:
+                return False
             memory = [x.new_empty(count, *x.shape[1:]) for x in said]
         for known, x in zip(memory, said): known[index] = x
     if (wrong := came != 1).any():
         none, more = int((came == 0).sum()), int((came > 1).sum())
-        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; expected each of 0 to {count - 1} once, but {none} '
-                         f'did not come and {more} came more than once, the first of them {int(wrong.nonzero()[0])}')
+        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; '
+                         f'expected each of 0 to {count - 1} once, but {none} '
+                         f'did not come and {more} came more than once, the first of '
+                         f'them {int(wrong.nonzero()[0])}')
     self.memory = memory
     return True
 
@@ -686,4 +856,6 @@ def compile_teacher(self: Distiller,
                     **options,      # of `torch.compile`
                    ):
     "From now on the teacher runs compiled; the first batch waits for the compiler."
-    if self.needs_teacher: self.compiled = compiled_capture(self.teacher, self.taps('teacher'), images, **options)
+    if self.needs_teacher:
+        self.compiled = compiled_capture(self.teacher, self.taps('teacher'), images,
+                                         **options)

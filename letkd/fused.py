@@ -19,7 +19,8 @@ from .matching import PrototypeTarget, TableTarget, kd_layer, precise, unit
 
 # %% ../nbs/fused.ipynb #4aca2508
 class _Statistics(torch.autograd.Function):
-    "Mean and variance of every column of u wᵀ (@eq-statistics), with their gradients (@eq-statistics-back)."
+    """Mean and variance of every column of u wᵀ (@eq-statistics), with their gradients
+    (@eq-statistics-back)."""
     @staticmethod
     def forward(ctx, u, w): # N x C, K x C -> K, K
         centre, v = u.mean(0), w.double()
@@ -48,7 +49,8 @@ def _track(norm: nn.BatchNorm1d, mean: Tensor, var: Tensor):
         running.copy_(running.to(new) * (1 - momentum) + new * momentum)
 
 def _affine(u: Tensor, w: Tensor, norm: nn.BatchNorm1d) -> tuple: # gain, mean and bias, K each
-    "Batch normalisation as an affine map of scores in bits (@eq-affine); in training with the statistics of these rows."
+    """Batch normalisation as an affine map of scores in bits (@eq-affine); in training with the
+    statistics of these rows."""
     if norm.training:
         mean, var = _Statistics.apply(u, w)
         var = var / _BITS**2
@@ -58,7 +60,8 @@ def _affine(u: Tensor, w: Tensor, norm: nn.BatchNorm1d) -> tuple: # gain, mean a
 
 # %% ../nbs/fused.ipynb #65e6c1a1
 def _assign(s: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tensor: # A, in `out`
-    "The assignment of a tile. The backward pass repeats just these operations, so that no ReLU decides otherwise."
+    """The assignment of a tile. The backward pass repeats just these operations, so that no ReLU
+    decides otherwise."""
     return torch.addcmul(offset, s, gain, out=out).clamp_min_(0)
 
 def _lengths(a: Tensor, out: Optional[Tensor] = None) -> Tensor: # of the rows, rows x 1
@@ -88,8 +91,10 @@ def _tile(u: Tensor, rows: int, k: int, safe=True) -> Tensor: # rows x K, in the
     return tile
 
 # %% ../nbs/fused.ipynb #91c4e7a0
-def _tiles(u: Tensor, w: Tensor, count: int, fresh: int = 0, safe=True) -> Iterator[tuple]: # (i, j, (j - i) x K, ...)
-    "Rows i to j of N and `count` tiles: the first `fresh` are new each time, the others serve every time."
+def _tiles(u: Tensor, w: Tensor, count: int, fresh: int = 0, safe=True
+          ) -> Iterator[tuple]: # (i, j, (j - i) x K, ...)
+    """Rows i to j of N and `count` tiles: the first `fresh` are new each time, the others serve
+    every time."""
     n, k = len(u), len(w)
     rows = min(max(256, (2**22 if u.is_cuda else 2**18) // k), max(n, 1))
     again = [_tile(u, rows, k) for _ in range(count - fresh)]
@@ -104,7 +109,8 @@ def embed(u: Tensor,         # N x C pixels of length 1
           bias: Tensor,      # K
           semantics: Tensor, # C x K, rows of length 1, or times a scale
          ) -> Tensor:        # N x C; no gradients
-    "A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (@eq-late): all of the layer that inference needs."
+    """A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (@eq-late): all of the layer that inference
+    needs."""
     y, lengths = u.new_empty(len(u), len(semantics)), u.new_empty(len(u), 1)
     for i, j, a in _tiles(u, weight, 1):
         torch.addmm(bias, u[i:j], weight.T, out=a).clamp_min_(0)
@@ -113,10 +119,12 @@ def embed(u: Tensor,         # N x C pixels of length 1
     return y.mul_(_inverse(lengths))
 
 # %% ../nbs/fused.ipynb #d6f2bd6b
-def _below(s: Tensor, top: Tensor, out: Tensor) -> Tensor: # s - top, or the least exponent of an ordinary float, in `out`
+def _below(s: Tensor, top: Tensor, out: Tensor
+          ) -> Tensor: # s - top, or the least exponent of an ordinary float, in `out`
     return torch.sub(s, top, out=out).clamp_min_(math.log2(torch.finfo(s.dtype).tiny))
 
-def _softmax(s: Tensor, out: Tensor, calm: bool = False) -> tuple: # (in `out`, its sums, log2 of the sums of 2^s); sums are rows x 1
+def _softmax(s: Tensor, out: Tensor, calm: bool = False
+            ) -> tuple: # (in `out`, its sums, log2 of the sums of 2^s); sums are rows x 1
     "Softmax to base two, not yet divided."
     top = 0 if calm else s.amax(1, keepdim=True)
     e = torch.exp2(s if calm else _below(s, top, out), out=out)
@@ -126,7 +134,8 @@ def _softmax(s: Tensor, out: Tensor, calm: bool = False) -> tuple: # (in `out`, 
 class _Prototypes:
     "The tiles of a `PrototypeTarget`."
     def __init__(self, target: PrototypeTarget, like: Tensor):
-        t, c, bits = precise(target.rows).to(like), precise(target.prototypes).to(like), _BITS / target.tau
+        t, c, bits = (precise(target.rows).to(like), precise(target.prototypes).to(like),
+                      _BITS / target.tau)
         self.rows, self.prototypes, self.bias = 2 * bits * t, c, -bits * c.square().sum(1)
 
     def tile(self, i, j, s, p, t): # (probabilities, the sum of @eq-row, mass)
@@ -146,7 +155,8 @@ def _of_table(table: Tensor) -> tuple: # (sums of p log2 p, masses), R x 1 each
     version = -1 if table.is_inference() else table._version
     if version < 0 or _TABLES.get(table, (-1,))[0] != version:
         pieces = [precise(t) for t in table.split(max(1, 2**18 // table.shape[1]))]
-        _TABLES[table] = version, torch.cat([_negentropy(t) for t in pieces]), torch.cat([t.sum(1, keepdim=True) for t in pieces])
+        _TABLES[table] = (version, torch.cat([_negentropy(t) for t in pieces]),
+                          torch.cat([t.sum(1, keepdim=True) for t in pieces]))
     return _TABLES[table][1:]
 
 # %% ../nbs/fused.ipynb #5b8fe50c
@@ -165,7 +175,8 @@ class _Dense:
     def __init__(self, target, like: Tensor): self.target, self.like = target, like
     def tile(self, i, j, s, p, t):
         p = precise(self.target.tile(i, j)).to(self.like)
-        return p, _negentropy(p) - torch.mul(p, s, out=t).sum(1, keepdim=True), p.sum(1, keepdim=True)
+        return (p, _negentropy(p) - torch.mul(p, s, out=t).sum(1, keepdim=True),
+                p.sum(1, keepdim=True))
 
 def _teacher(target, like: Tensor): # what gives a target's tiles; None for None
     if target is None: return None
@@ -173,7 +184,8 @@ def _teacher(target, like: Tensor): # what gives a target's tiles; None for None
     return kinds.get(type(target), _Dense)(target, like)
 
 # %% ../nbs/fused.ipynb #3f8c21d7
-def _supervise(s, out, teacher, i, j, p, t, calm) -> tuple: # (KL_n, rows x 1; p_T - π p_S, in `out`, which may be `t`)
+def _supervise(s, out, teacher, i, j, p, t, calm
+              ) -> tuple: # (KL_n, rows x 1; p_T - π p_S, in `out`, which may be `t`)
     "The loss of a tile of scores and, but for its sign, its gradient (@eq-row)."
     p, part, mass = teacher.tile(i, j, s, p, t)
     e, total, lse = _softmax(s, t, calm)
@@ -188,7 +200,8 @@ class _Loss(torch.autograd.Function):
     "Supervision of scores u wᵀ (bits) by a teacher, with its gradient."
     @staticmethod
     def forward(ctx, u, w, teacher, calm): # N x C, K x C -> scalar
-        du, dw, kl, taught = torch.empty_like(u), _spaced(u, *w.T.shape).zero_(), u.new_empty(len(u), 1), any(ctx.needs_input_grad)
+        du, dw, kl, taught = (torch.empty_like(u), _spaced(u, *w.T.shape).zero_(),
+                              u.new_empty(len(u), 1), any(ctx.needs_input_grad))
         for i, j, s, p, t in _tiles(u, w, 3):
             torch.mm(u[i:j], w.T, out=s)
             kl[i:j], more = _supervise(s, t, teacher, i, j, p, t, calm)
@@ -199,11 +212,14 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss): return *(-dloss * ctx.per_row * g for g in ctx.saved_tensors), None, None
+    def backward(ctx, dloss):
+        return *(-dloss * ctx.per_row * g for g in ctx.saved_tensors), None, None
 
 # %% ../nbs/fused.ipynb #b6d0d658
-def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
-    "Forward pass over all tiles (@eq-late, @eq-row). `fresh` tiles of each are kept, or else `early` gets gradients of u and w."
+def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe
+          ) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
+    """Forward pass over all tiles (@eq-late, @eq-row). `fresh` tiles of each are kept, or else
+    `early` gets gradients of u and w."""
     y, lengths, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
     for i, j, s, *e, p, t in _tiles(u, w, max(3, 2 + fresh), fresh, safe):
         torch.mm(u[i:j], w.T, out=s)
@@ -224,9 +240,11 @@ def _value_back(d, pull, V, a, z, dV) -> Tensor: # gradient at the output of BN,
     return torch.ops.aten.threshold_backward.grad_input(z, a, 0, grad_input=z)
 
 # %% ../nbs/fused.ipynb #7fc6ccd0
-def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept) -> tuple: # gradients of u, w (as C x K), gain, bias, V
+def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept
+              ) -> tuple: # gradients of u, w (as C x K), gain, bias, V
     "Backward pass from kept scores and loss gradients (@eq-back-scores)."
-    du, (dgain, dbias), (dw, dV) = torch.empty_like(u), gain.new_zeros(2, len(w)), (_spaced(u, *V.shape).zero_() for _ in 'wV')
+    du, (dgain, dbias), (dw, dV) = (torch.empty_like(u), gain.new_zeros(2, len(w)),
+                                    (_spaced(u, *V.shape).zero_() for _ in 'wV'))
     for (i, j, a, z), s, more in zip(_tiles(u, w, 2), kept[::2], kept[1::2]):
         _value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV)
         dbias += z.sum(0)
@@ -237,13 +255,16 @@ def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept) -> tuple: # gradie
 # %% ../nbs/fused.ipynb #f31b84d2
 def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: # as `_fast_back`
     "Backward pass with scores computed again, or kept where there is no teacher (@eq-back-small)."
-    du, dbias, (q, dV) = torch.empty_like(u), torch.zeros_like(gain), (_spaced(u, *V.shape).zero_() for _ in 'qV')
-    centre, gw, ones, kept = u.sum(0) / max(len(u), 1), gain[:, None] * w, u.new_ones(len(u)), iter(kept)
+    du, dbias, (q, dV) = torch.empty_like(u), torch.zeros_like(gain), (_spaced(u, *V.shape).zero_()
+                                                                       for _ in 'qV')
+    centre, gw, ones, kept = (u.sum(0) / max(len(u), 1), gain[:, None] * w, u.new_ones(len(u)),
+                              iter(kept))
     c = u - centre
     for i, j, a, z in _tiles(u, w, 2):
         s = next(kept, None)
         if s is None: s = torch.mm(u[i:j], w.T, out=a)
-        _spread(_value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV), c[i:j], gw, du[i:j], q)
+        _spread(_value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV), c[i:j], gw,
+                du[i:j], q)
         dbias.addmv_(z.T, ones[i:j])
     dgain = (q * w.T).sum(0) + (w @ centre - mean) * dbias
     dw = (q + torch.outer(centre, dbias)) * gain
@@ -252,12 +273,14 @@ def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: #
 
 # %% ../nbs/fused.ipynb #3ee62d73
 class _Matching(torch.autograd.Function):
-    "Rows, templates in bits, BN as an affine map, semantic rows, a teacher or None -> (y, loss or None)."
+    """Rows, templates in bits, BN as an affine map, semantic rows, a teacher or None -> (y, loss or
+    None)."""
     @staticmethod
     def forward(ctx, u, w, gain, mean, bias, V, teacher, calm, lean, safe):
         learns, offset = any(ctx.needs_input_grad), torch.addcmul(bias, gain, mean, value=-1)
         ctx.fresh = 0 if lean or not learns else 2 if teacher else 1
-        early = [torch.empty_like(u), _spaced(u, *V.shape).zero_()] if teacher and learns and lean else []
+        early = ([torch.empty_like(u), _spaced(u, *V.shape).zero_()] if teacher and learns
+                 and lean else [])
         V = _spaced(u, *V.shape).copy_(V)
         y, inverse, kl, kept = _match(u, w, gain, offset, V, teacher, calm, ctx.fresh, early, safe)
         ctx.per_row, ctx.early = teacher and 1 / (_BITS * max(len(u), 1)), len(early)
@@ -269,44 +292,53 @@ class _Matching(torch.autograd.Function):
     def backward(ctx, dy, dloss):
         u, w, gain, mean, offset, V, y, inverse, *rest = ctx.saved_tensors
         args, early, kept = (u, w, gain, mean, offset, V), rest[:ctx.early], rest[ctx.early:]
-        d, pull, f = dy * inverse, (dy * y).sum(1, keepdim=True) * inverse.square(), ctx.per_row and dloss * ctx.per_row
+        d, pull, f = (dy * inverse, (dy * y).sum(1, keepdim=True) * inverse.square(), ctx.per_row
+                      and dloss * ctx.per_row)
         fast = ctx.fresh == 2
-        du, dw, dgain, dbias, dV = _fast_back(*args, d, pull, f, kept) if fast else _lean_back(*args, d, pull, f, kept, early)
+        du, dw, dgain, dbias, dV = (_fast_back(*args, d, pull, f, kept) if fast
+                                    else _lean_back(*args, d, pull, f, kept, early))
         return du, dw, dgain, -gain * dbias, dbias, dV, None, None, None, None
 
 # %% ../nbs/fused.ipynb #b75d5d0e
 def _for_the_plain_form(x, norm, alpha, target, templates) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type not in ('cpu', 'cuda'): return True
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or x.device.type not in ('cpu', 'cuda'):
+        return True
     n, k = len(x), len(templates)
     if target is not None:
         values = [v for v in getattr(target, '__dict__', {}).values() if isinstance(v, Tensor)]
         if target.shape != (n, k) or any(v.requires_grad for v in values): return True
     if alpha == 0: return False
     ordinary = isinstance(norm, nn.BatchNorm1d) and norm.affine and norm.track_running_stats
-    return not ordinary or bool(norm._forward_hooks or norm._forward_pre_hooks) or (norm.training and n < 2)
+    return not ordinary or bool(norm._forward_hooks
+                                or norm._forward_pre_hooks) or (norm.training and n < 2)
 
 # %% ../nbs/fused.ipynb #d140f31e
 def fused_kd_layer(x: Tensor,                      # N x C pixels of the student
                    templates: Tensor,              # K x C, weight of the first 1x1
-                   semantics: Optional[Tensor],    # C x K, weight of the second 1x1; unused where alpha = 0
+                   # C x K, weight of the second 1x1; unused where alpha = 0
+                   semantics: Optional[Tensor],
                    scale: Tensor,                  # g
                    value_scale: Optional[Tensor],  # g2; unused where alpha = 0
-                   norm: Optional[Callable],       # nn.BatchNorm1d of K scores; unused where alpha = 0
+                   norm: Optional[Callable], # nn.BatchNorm1d of K scores; unused where alpha = 0
                    alpha: float = 1.,              # weight of the embedding in the features
-                   target = None,                  # the teacher's p_T for these rows, a target of `letkd.matching`
-                   lean: Optional[bool] = None,    # keep no N x K numbers for the backward pass? None: beyond 1 GiB of them
-                  ) -> tuple:                      # (N x C features in the type of x, the loss or None)
+                   target = None, # the teacher's p_T for these rows, a target of `letkd.matching`
+                   # keep no N x K numbers for the backward pass? None: beyond 1 GiB of them
+                   lean: Optional[bool] = None,
+                  ) -> tuple: # (N x C features in the type of x, the loss or None)
     "`letkd.matching.kd_layer` in tiles: the same values and gradients."
     if _for_the_plain_form(x, norm, alpha, target, templates):
         return kd_layer(x, templates, semantics, scale, value_scale, norm, alpha, target)
     with torch.autocast(x.device.type, enabled=False):
         u, w = unit(x), unit(templates) * (scale * _BITS)
-        teacher, calm, safe = _teacher(target, u), x.device.type == 'cpu' and abs(scale.item()) < 32, []
+        teacher, calm, safe = (_teacher(target, u), x.device.type == 'cpu'
+                               and abs(scale.item()) < 32, [])
         if alpha == 0: return x, _Loss.apply(u, w, teacher, calm) if teacher else None
         (gain, mean, bias), V = _affine(u, w, norm), unit(semantics)
         if lean is None: lean = 2 * len(u) * len(w) * u.element_size() > 2**30
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (u, w, gain, bias, V))
-        if learns or teacher: y, loss = _Matching.apply(u, w, gain, mean, bias, V, teacher, calm, lean, safe)
+        if learns or teacher:
+            y, loss = _Matching.apply(u, w, gain, mean, bias, V, teacher, calm, lean, safe)
         else: y, loss = embed(u, gain[:, None] * w, bias - gain * mean, V), None
         safe.append(True)
         return (x + (alpha * value_scale) * y).to(x.dtype), loss

@@ -23,30 +23,41 @@ from .matching import kd_layer, matching_scores, precise, unit
 
 # %% ../nbs/04_layer.ipynb #d118a9f7
 class _ScoreNorm(nn.BatchNorm1d):
-    "Batch normalisation of N x K scores in their own precision, whatever the type of its parameters."
+    """Batch normalisation of N x K scores in their own precision, whatever the type of
+    its parameters."""
     def forward(self, s: Tensor) -> Tensor:
         if self.weight.dtype == s.dtype: return super().forward(s)
         stats = [b.to(s.dtype) for b in (self.running_mean, self.running_var)]
-        out = F.batch_norm(s, *stats, self.weight.to(s.dtype), self.bias.to(s.dtype), self.training, self.momentum, self.eps)
+        out = F.batch_norm(s, *stats, self.weight.to(s.dtype), self.bias.to(s.dtype),
+                           self.training, self.momentum, self.eps)
         if self.training:
-            self.running_mean.copy_(stats[0]); self.running_var.copy_(stats[1]); self.num_batches_tracked.add_(1)
+            self.running_mean.copy_(stats[0])
+            self.running_var.copy_(stats[1])
+            self.num_batches_tracked.add_(1)
         return out
 
 # %% ../nbs/04_layer.ipynb #0fc872dc
 class KDLayer(nn.Module):
-    "The knowledge distillation layer of letKD: template matching that a teacher can supervise, as a residual layer."
+    """The knowledge distillation layer of letKD: template matching that a teacher can
+    supervise, as a residual layer."""
     def __init__(self,
                  channels: int,     # C, channels of the feature map
                  templates: int,    # K, as many as the supervision has
-                 alpha: float = 1., # weight of the embedding in the features; 0: supervision alone (QuEST)
+                 # weight of the embedding in the features; 0: supervision alone (QuEST)
+                 alpha: float = 1.,
                  scale: float = 3., # where the learnable scale g of the scores starts
                 ):
         for name, found in dict(channels=channels, templates=templates).items():
-            if found < 1: raise ValueError(f'KDLayer: found {name} = {found}; expected at least 1')
+            if found < 1:
+                raise ValueError(f'KDLayer: found {name} = {found}; expected '
+                                 'at least 1')
         super().__init__()
-        self.channels, self.alpha, self.init_scale = channels, float(alpha), float(scale)
-        self.templates, self.scale = nn.Parameter(torch.empty(templates, channels)), nn.Parameter(torch.empty(1))
-        self.semantics = nn.Parameter(torch.empty(channels, templates)) if alpha else None
+        self.channels, self.alpha, self.init_scale = (channels, float(alpha),
+                                                      float(scale))
+        self.templates, self.scale = (nn.Parameter(torch.empty(templates, channels)),
+                                      nn.Parameter(torch.empty(1)))
+        self.semantics = (nn.Parameter(torch.empty(channels, templates)) if alpha
+                          else None)
         self.value_scale = nn.Parameter(torch.empty(1)) if alpha else None
         self.norm = _ScoreNorm(templates) if alpha else None
         self._supervision = None
@@ -55,7 +66,8 @@ class KDLayer(nn.Module):
 # %% ../nbs/04_layer.ipynb #88961843
 @patch
 def reset_parameters(self: KDLayer):
-    "Draw both weights from N(0, 2/C_in); the scales and the batch normalisation as they start."
+    """Draw both weights from N(0, 2/C_in); the scales and the batch normalisation as
+    they start."""
     nn.init.normal_(self.templates, std=(2 / self.channels) ** .5)
     nn.init.constant_(self.scale, self.init_scale)
     if not self.alpha: return
@@ -64,7 +76,9 @@ def reset_parameters(self: KDLayer):
     self.norm.reset_parameters()
 
 @patch
-def extra_repr(self: KDLayer) -> str: return f'channels={self.channels}, templates={len(self.templates)}, alpha={self.alpha:g}'
+def extra_repr(self: KDLayer) -> str:
+    return (f'channels={self.channels}, templates={len(self.templates)}, '
+            f'alpha={self.alpha:g}')
 
 # %% ../nbs/04_layer.ipynb #81938e5d
 @patch
@@ -77,45 +91,61 @@ def _load_from_state_dict(self: KDLayer, state: dict, prefix: str, *args):
 @patch
 def _last(self: KDLayer, x: Tensor) -> Tensor:
     "`x` with its channels last, or the error that says what was found."
-    if x.ndim not in (3, 4): raise ValueError(f'KDLayer: found an input of shape {tuple(x.shape)}; '
-                                              'expected a map B x C x H x W or tokens B x N x C')
+    if x.ndim not in (3, 4): raise ValueError('KDLayer: found an input of shape '
+                                              f'{tuple(x.shape)}; '
+                                              'expected a map B x C x H x W or tokens '
+                                              'B x N x C')
     x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-    if x.shape[-1] != self.channels: raise ValueError(f'KDLayer: found {x.shape[-1]} channels; expected {self.channels}. '
-                                                      'Build it with the channels of the map behind which it stands')
+    if x.shape[-1] != self.channels: raise ValueError(f'KDLayer: found {x.shape[-1]} '
+                                                      'channels; expected '
+                                                      f'{self.channels}. '
+                                                      'Build it with the channels of '
+                                                      'the map behind which it stands')
     return x
 
-def _like(rows: Tensor, last: Tensor, x: Tensor) -> Tensor: # `rows` in the layout of `x`, whose channels-last form is `last`
+def _like(rows: Tensor, last: Tensor, x: Tensor
+         ) -> Tensor: # `rows` in the layout of `x`, whose channels-last form is `last`
     out = rows.reshape(*last.shape[:-1], rows.shape[-1])
     out = out.permute(0, 3, 1, 2) if x.ndim == 4 else out
     return out.contiguous() if x.is_contiguous() else out
 
 # %% ../nbs/04_layer.ipynb #83699381
-def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False) -> bool: # learns: is there a backward pass through v?
+def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False
+             ) -> bool: # learns: is there a backward pass through v?
     "Are tiles the faster form for these shapes (@eq-rule)?"
     return n * k >= max(2**18, (4 if learns else 1.5) * c * (n + k), cuda * 2**24)
 
 @patch
-def _function(self: KDLayer, rows: Tensor): # N x C -> the form of the function for these rows
+def _function(self: KDLayer, rows: Tensor):
+    # N x C -> the form of the function for these rows
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return kd_layer
-    learns = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
-    tiles = _in_tiles(*rows.shape, len(self.templates), learns and self.alpha != 0, rows.is_cuda)
+    learns = torch.is_grad_enabled() and (rows.requires_grad
+                                          or any(p.requires_grad
+                                                 for p in self.parameters()))
+    tiles = _in_tiles(*rows.shape, len(self.templates), learns and self.alpha != 0,
+                      rows.is_cuda)
     return fused_kd_layer if tiles else kd_layer
 
 # %% ../nbs/04_layer.ipynb #4e1c0a02
-_saving = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda _: None)
+_saving = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks',
+                  lambda _: None)
 
-def _computed_again() -> bool: # does someone else keep saved tensors, as checkpoint(use_reentrant=False) does?
+def _computed_again() -> bool:
+    # does someone else keep saved tensors, as checkpoint(use_reentrant=False) does?
     return not torch.compiler.is_compiling() and _saving(False) is not None
 
 @patch
 def _loss_alone(self: KDLayer, rows: Tensor, target) -> Tensor:
     "The loss, whose saved tensors are kept as they are."
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        return self._function(rows)(rows, self.templates, None, self.scale, None, None, 0., target)[1]
+        return self._function(rows)(rows, self.templates, None, self.scale, None, None,
+                                    0., target)[1]
 
 # %% ../nbs/04_layer.ipynb #47712728
-def _node(layer: nn.Module, x: fx.Proxy) -> fx.Proxy: # one node of the graph that is being written
-    return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,), {})
+def _node(layer: nn.Module, x: fx.Proxy
+         ) -> fx.Proxy: # one node of the graph that is being written
+    return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,),
+                                 {})
 
 # %% ../nbs/04_layer.ipynb #ad8493cc
 class _Together(torch.autograd.Function):
@@ -136,8 +166,10 @@ def forward(self: KDLayer,
     last = self._last(x)
     within = self._supervision is not None and target is None
     rows, again = last.reshape(-1, self.channels), within and _computed_again()
-    out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale, self.value_scale, self.norm, self.alpha,
-                                     self._supervision.target if within and not again else target)
+    out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale,
+                                     self.value_scale, self.norm, self.alpha,
+                                     self._supervision.target if within and not again
+                                     else target)
     if again: loss = self._loss_alone(rows, self._supervision.target)
     out = x if self.alpha == 0 else _like(out, last, x)
     if within:
@@ -147,41 +179,59 @@ def forward(self: KDLayer,
 
 # %% ../nbs/04_layer.ipynb #d546e6ff
 class Losses(dict):
-    "{layer: its loss}; `cut` lists the layers that were given a map without a gradient."
+    """{layer: its loss}; `cut` lists the layers that were given a map without a
+    gradient."""
     def __init__(self): super().__init__(); self.cut = []
 
-def _line(layer: KDLayer) -> str: return f'KDLayer({layer.extra_repr()})'  # its `str` has several
+def _line(layer: KDLayer) -> str:
+    return f'KDLayer({layer.extra_repr()})' # its `str` has several
 
 class _Supervision:
-    "What a layer holds inside `with supervised(...)`: its target, and where its loss goes."
-    def __init__(self, target, losses: Losses): self.target, self.losses = target, losses
+    """What a layer holds inside `with supervised(...)`: its target, and where its loss
+    goes."""
+    def __init__(self, target, losses: Losses):
+        self.target, self.losses = target, losses
     def add(self, layer: KDLayer, loss: Tensor, reaches: bool):
-        if layer in self.losses: raise RuntimeError(f'supervised: {_line(layer)} was reached twice in one block; it has one target. '
-                                                    'Run the student once in each block')
+        if layer in self.losses: raise RuntimeError(f'supervised: {_line(layer)} was '
+                                                    'reached twice in one block; it '
+                                                    'has one target. '
+                                                    'Run the student once in '
+                                                    'each block')
         self.losses[layer] = loss
         if not reaches: self.losses.cut.append(layer)
 
-# %% ../nbs/04_layer.ipynb #4e1c0a03
+# %% ../nbs/04_layer.ipynb #769eb39f
 def _check_supervised(targets: dict, losses: Losses):
     "Every layer was reached, and its loss has a gradient where there are any."
     if missed := [_line(l) for l in targets if l not in losses]:
-        raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. Is it inserted into the student, '
+        raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. Is it '
+                           'inserted into the student, '
                            'and did the student run within the block?')
     if not torch.is_grad_enabled(): return
-    if dead := [_line(l) for l, loss in losses.items() if not loss.requires_grad and l.templates.requires_grad]:
-        raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so its loss would teach nothing. Does it '
-                           'stand within torch.utils.checkpoint in its reentrant form (pass use_reentrant=False), or within '
-                           'torch.no_grad?')
+    if dead := [_line(l) for l, loss in losses.items() if not loss.requires_grad
+                and l.templates.requires_grad]:
+        raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so '
+                           'its loss would teach nothing. Does it '
+                           'stand within torch.utils.checkpoint in its reentrant form '
+                           '(pass use_reentrant=False), or within torch.no_grad?')
 
+# %% ../nbs/04_layer.ipynb #4e1c0a03
 @contextmanager
-def supervised(targets: dict) -> Iterator[Losses]: # {layer: its loss}, filled while the student runs
-    "Within this block each layer of `targets` (a dict layer: target) is supervised once, wherever it stands."
+def supervised(targets: dict
+              ) -> Iterator[Losses]: # {layer: its loss}, filled while the student runs
+    """Within this block each layer of `targets` (a dict layer: target) is supervised
+    once, wherever it stands."""
     for layer in targets:
-        if not isinstance(layer, KDLayer): raise TypeError(f'supervised: found {type(layer).__name__} as a key; expected a KDLayer')
-        if layer._supervision is not None: raise RuntimeError(f'supervised: {_line(layer)} is supervised by a block around this one')
+        if not isinstance(layer, KDLayer):
+            raise TypeError(f'supervised: found {type(layer).__name__} as a key; '
+                            'expected a KDLayer')
+        if layer._supervision is not None:
+            raise RuntimeError(f'supervised: {_line(layer)} is supervised by a block '
+                               'around this one')
     losses = Losses()
     try:
-        for layer, target in targets.items(): layer._supervision = _Supervision(target, losses)
+        for layer, target in targets.items():
+            layer._supervision = _Supervision(target, losses)
         yield losses
         _check_supervised(targets, losses)
     finally:
@@ -189,56 +239,75 @@ def supervised(targets: dict) -> Iterator[Losses]: # {layer: its loss}, filled w
 
 # %% ../nbs/04_layer.ipynb #8eeee9b0
 @patch
-def scores(self: KDLayer, x: Tensor) -> Tensor: # S as a map B x K x H x W, or B x N x K for tokens
+def scores(self: KDLayer, x: Tensor
+          ) -> Tensor: # S as a map B x K x H x W, or B x N x K for tokens
     "Scaled cosines of every pixel with every template."
     last = self._last(x)
-    return _like(matching_scores(last.reshape(-1, self.channels), self.templates, self.scale), last, x)
+    return _like(matching_scores(last.reshape(-1, self.channels), self.templates,
+                                 self.scale), last, x)
 
 @patch
 def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
-    "The assignment ReLU(BN(S)); follows the mode of the layer: batch statistics in training, running ones in eval."
-    if not self.alpha: raise RuntimeError('KDLayer.assign: with alpha = 0 there is no assignment; look at scores(x)')
+    """The assignment ReLU(BN(S)); follows the mode of the layer: batch statistics in
+    training, running ones in eval."""
+    if not self.alpha:
+        raise RuntimeError('KDLayer.assign: with alpha = 0 there is no '
+                           'assignment; look at scores(x)')
     last = self._last(x)
     s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
     return _like(F.relu(self.norm(s)), last, x)
 
 # %% ../nbs/04_layer.ipynb #404f34cd
 class FoldedKDLayer(nn.Module):
-    "Inference form of a `KDLayer`: two products, BN folded and weights normalised once (@eq-fold)."
-    def __init__(self, weight: Tensor, bias: Tensor, semantics: Tensor): # W' K x C, b' K, V' C x K
+    """Inference form of a `KDLayer`: two products, BN folded and weights normalised
+    once (@eq-fold)."""
+    def __init__(self, weight: Tensor, bias: Tensor, semantics: Tensor):
+        # W' K x C, b' K, V' C x K
         super().__init__()
-        for name, v in dict(weight=weight, bias=bias, semantics=semantics).items(): self.register_buffer(name, v.detach().clone())
+        for name, v in dict(weight=weight, bias=bias, semantics=semantics).items():
+            self.register_buffer(name, v.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor: # B x C x H x W or B x N x C; features like `x`
-        "Add the embedding of what matched; in tiles where they are faster (@eq-rule), and nobody asks for a graph."
+    def forward(self, x: Tensor
+               ) -> Tensor: # B x C x H x W or B x N x C; features like `x`
+        """Add the embedding of what matched; in tiles where they are faster (@eq-rule),
+        and nobody asks for a graph."""
         if isinstance(x, fx.Proxy): return _node(self, x)
         last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-        u, weight, bias, V = unit(last), precise(self.weight), precise(self.bias), precise(self.semantics)
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad)
-        if graph or not _in_tiles(last[..., 0].numel(), *weight.T.shape, False, x.is_cuda):
+        u, weight, bias, V = (unit(last), precise(self.weight), precise(self.bias),
+                              precise(self.semantics))
+        graph = (torch.compiler.is_compiling() or torch.jit.is_tracing()
+                 or (torch.is_grad_enabled() and x.requires_grad))
+        if graph or not _in_tiles(last[..., 0].numel(), *weight.T.shape, False,
+                                  x.is_cuda):
             v = F.linear(unit(F.relu(F.linear(u, weight, bias))), V)
         else: v = embed(u.reshape(-1, u.shape[-1]), weight, bias, V).view(last.shape)
         return _like((last + v).to(x.dtype), last, x)
 
 # %% ../nbs/04_layer.ipynb #6c2afa04
 @patch
-def fold(self: KDLayer) -> nn.Module: # a `FoldedKDLayer`, or an identity where alpha = 0
+def fold(self: KDLayer
+        ) -> nn.Module: # a `FoldedKDLayer`, or an identity where alpha = 0
     "The inference form; equals eval mode, and has no training left in it."
     if not self.alpha: return nn.Identity()
-    gain = precise(self.norm.weight) * (precise(self.norm.running_var) + self.norm.eps).rsqrt()
-    return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates), self.norm.bias - gain * self.norm.running_mean,
+    gain = precise(self.norm.weight) * (precise(self.norm.running_var)
+                                        + self.norm.eps).rsqrt()
+    return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates),
+                         self.norm.bias - gain * self.norm.running_mean,
                          self.alpha * self.value_scale * unit(self.semantics))
 
 # %% ../nbs/04_layer.ipynb #3723fe81
 @torch.no_grad()
-def _keep_what_came_out(m: nn.Module): # parametrised; `remove_parametrizations` would change the class, which the original shares
+def _keep_what_came_out(m: nn.Module):
+    # parametrised; `remove_parametrizations` would change the class, which the original
+    # shares
     computed = {name: getattr(m, name).clone() for name in m.parametrizations}
     m.__class__ = parametrize.type_before_parametrizations(m)
     del m.parametrizations
     for name, value in computed.items(): m.register_parameter(name, nn.Parameter(value))
 
 def _with_plain_weights(model: nn.Module) -> nn.Module: # a copy in eval mode
-    computed = {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values()
+    computed = {id(v): v.detach().clone() for m in model.modules()
+                for v in vars(m).values()
                 if isinstance(v, Tensor) and not v.is_leaf}  # which `deepcopy` refuses
     model = copy.deepcopy(model, computed).eval()
     for m in list(model.modules()):

@@ -15,8 +15,10 @@ from torch import Tensor
 import torch.nn.functional as F
 
 # %% ../nbs/03_matching.ipynb #0d351312
-def precise(x: Tensor) -> Tensor: # `x` in float32, or unchanged where it is float32 or float64
-    "Normalisation, softmax and statistics are computed in float32 at least, on every device."
+def precise(x: Tensor
+           ) -> Tensor: # `x` in float32, or unchanged where it is float32 or float64
+    """Normalisation, softmax and statistics are computed in float32 at least, on every
+    device."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def unit(x: Tensor # ... x C vectors
@@ -30,17 +32,22 @@ def unit(x: Tensor # ... x C vectors
 class _Target:
     "What the three targets share: moving, and the error for shapes that do not fit."
     def to(self, device: Union[str, torch.device]): # the same target on `device`
-        return replace(self, **{f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+        return replace(self, **{f.name: v.to(device) for f in fields(self)
+                                if isinstance(v := getattr(self, f.name), Tensor)})
 
     def _require(self, ok: bool, found: str, expected: str):
-        if not ok: raise ValueError(f'{type(self).__name__}: found {found}; expected {expected}')
+        if not ok:
+            raise ValueError(f'{type(self).__name__}: found {found}; expected '
+                             f'{expected}')
 
 @dataclass(frozen=True)
 class DenseTarget(_Target):
     "Probabilities, given as they are."
     probs: Tensor # N x K, rows sum to 1
 
-    def __post_init__(self): self._require(self.probs.ndim == 2, f'probs of shape {tuple(self.probs.shape)}', 'N x K')
+    def __post_init__(self):
+        self._require(self.probs.ndim == 2, f'probs of shape {tuple(self.probs.shape)}',
+                      'N x K')
     @property
     def shape(self) -> tuple: return tuple(self.probs.shape)
     def tile(self, i: int, j: int) -> Tensor: return self.probs[i:j]
@@ -55,7 +62,8 @@ class PrototypeTarget(_Target):
 
     def __post_init__(self):
         r, p = tuple(self.rows.shape), tuple(self.prototypes.shape)
-        self._require(len(r) == len(p) == 2 and r[1] == p[1], f'rows {r} and prototypes {p}', 'N x C and K x C')
+        self._require(len(r) == len(p) == 2 and r[1] == p[1],
+                      f'rows {r} and prototypes {p}', 'N x C and K x C')
         self._require(self.tau > 0, f'tau = {self.tau}', 'a positive temperature')
     @property
     def shape(self) -> tuple: return len(self.rows), len(self.prototypes)
@@ -63,8 +71,10 @@ class PrototypeTarget(_Target):
         "Rows i to j, dense."
         t, c = precise(self.rows[i:j]), precise(self.prototypes)
         dtype = torch.promote_types(t.dtype, c.dtype)
-        with torch.autocast(t.device.type, enabled=False):  # a product in half precision would move the softmax
-            return F.softmax((2 * t.to(dtype) @ c.to(dtype).T - c.to(dtype).square().sum(1)) / self.tau, dim=1)
+        # a product in half precision would move the softmax
+        with torch.autocast(t.device.type, enabled=False):
+            t, c = t.to(dtype), c.to(dtype)
+            return F.softmax((2 * t @ c.T - c.square().sum(1)) / self.tau, dim=1)
 
 # %% ../nbs/03_matching.ipynb #bca16551
 @dataclass(frozen=True)
@@ -75,11 +85,14 @@ class TableTarget(_Target):
 
     def __post_init__(self):
         i, t = tuple(self.index.shape), tuple(self.table.shape)
-        self._require(len(i) == 1 and len(t) == 2, f'index {i} and table {t}', 'N indices and an R x K table')
-        self._require(not self.index.is_floating_point(), f'an index of {self.index.dtype}', 'integers')
+        self._require(len(i) == 1 and len(t) == 2, f'index {i} and table {t}',
+                      'N indices and an R x K table')
+        self._require(not self.index.is_floating_point(),
+                      f'an index of {self.index.dtype}', 'integers')
     @property
     def shape(self) -> tuple: return len(self.index), self.table.shape[1]
-    def tile(self, i: int, j: int) -> Tensor: return self.table.index_select(0, self.index[i:j])
+    def tile(self, i: int, j: int) -> Tensor:
+        return self.table.index_select(0, self.index[i:j])
 
 # %% ../nbs/03_matching.ipynb #473e95e8
 def perplexity(target: _Target,  # any target
@@ -87,7 +100,8 @@ def perplexity(target: _Target,  # any target
               ) -> float:        # from 1 (one-hot) to K (uniform)
     "Exponential of the mean entropy of a target's rows."
     n, _ = target.shape
-    if n == 0: raise ValueError('perplexity: found a target of 0 rows; expected at least one')
+    if n == 0:
+        raise ValueError('perplexity: found a target of 0 rows; expected at least one')
     p = (precise(target.tile(i, min(i + tile, n))) for i in range(0, n, tile))
     return (sum(torch.special.entr(q).sum() for q in p) / n).exp().item()
 
@@ -105,22 +119,28 @@ def kd_loss(scores: Tensor,  # N x K, S
     "Mean over the rows of KL(p_T || p_S), with p_S = softmax(S) (@eq-kd)."
     n, k = scores.shape
     if target.shape != (n, k):
-        raise ValueError(f'{type(target).__name__}: found {target.shape[0]} rows and {target.shape[1]} templates; '
-                         f'the layer has {n} rows and {k} templates. Pool the teacher to the student\'s grid, and '
+        raise ValueError(f'{type(target).__name__}: found {target.shape[0]} rows and '
+                         f'{target.shape[1]} templates; '
+                         f'the layer has {n} rows and {k} templates. Pool the teacher '
+                         f'to the student\'s grid, and '
                          'give the layer as many templates as the supervision has')
-    return F.kl_div(F.log_softmax(scores, dim=1), target.tile(0, n), reduction='sum') / max(n, 1)
+    return F.kl_div(F.log_softmax(scores, dim=1), target.tile(0, n),
+                    reduction='sum') / max(n, 1)
 
 # %% ../nbs/03_matching.ipynb #32810a13
 def kd_layer(x: Tensor,                      # N x C pixels of the student
              templates: Tensor,              # K x C, weight of the first 1x1
-             semantics: Optional[Tensor],    # C x K, weight of the second 1x1; unused where alpha = 0
+             # C x K, weight of the second 1x1; unused where alpha = 0
+             semantics: Optional[Tensor],
              scale: Tensor,                  # g
              value_scale: Optional[Tensor],  # g2; unused where alpha = 0
-             norm: Optional[Callable],       # batch normalisation, N x K to N x K; unused where alpha = 0
+             # batch normalisation, N x K to N x K; unused where alpha = 0
+             norm: Optional[Callable],
              alpha: float = 1.,              # weight of the embedding in the features
              target: Optional[_Target] = None, # the teacher's p_T for these rows
-            ) -> tuple:                      # (N x C features in the type of x, the loss or None)
-    "The KD layer of letKD as equations: scores, supervision, assignment, embedding (@eq-scores to @eq-layer)."
+            ) -> tuple: # (N x C features in the type of x, the loss or None)
+    """The KD layer of letKD as equations: scores, supervision, assignment, embedding
+    (@eq-scores to @eq-layer)."""
     s = matching_scores(x, templates, scale)
     loss = None if target is None else kd_loss(s, target)
     if alpha == 0: return x, loss

@@ -23,14 +23,18 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import (CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1, letkd2, letkd_intermediate,
+from .distiller import (CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1,
+                             letkd2, letkd_intermediate,
                              named, quest, raise_all)
 from .models.imports import PACKAGES
 from .taps import as_maps, capture, evaluating, resolve
 
 # %% ../nbs/methods.ipynb #ed24e070
-METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp, crd=crd, dkd=dkd, simkd=simkd,
-               tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2, letkd_intermediate=letkd_intermediate, layer=layer, layer2=layer2)  # what may stand in a sum, by name
+METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp,
+               crd=crd, dkd=dkd, simkd=simkd,
+               # what may stand in a sum, by name
+               tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2,
+               letkd_intermediate=letkd_intermediate, layer=layer, layer2=layer2)
 # (cross-entropy, method) of rows whose weights are not 1; TDD brings KD of weight .9 with it
 WEIGHTS = {'kd': (.1, .9), 'simkd': (0., 1.), 'tdd': (.1, 1.), 'tdd+crd': (.1, 1.)}
 
@@ -41,7 +45,8 @@ def nearest(kind: str,  # what is named
            ) -> ValueError: # to be raised
     "The error for a slip in a name: it lists what is like it."
     near = difflib.get_close_matches(str(name), list(known), n=4, cutoff=.5)
-    return ValueError(f'{kind}: found {str(name)[:80]!r}; {"nearest" if near else "known"}: {", ".join(near or known)}')
+    return ValueError(f'{kind}: found {str(name)[:80]!r}; {"nearest" if near else "known"}: '
+                      f'{", ".join(near or known)}')
 
 # %% ../nbs/methods.ipynb #c6c4a6c3
 def register(name: Optional[str] = None, # None: that of the function
@@ -64,20 +69,29 @@ _PLACE = ('__module__', '__qualname__') # of a function's definition
 
 def _check_name(name: str, method: Callable):
     if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z0-9_]+', name):
-        raise ValueError(f'method: found the name {name!r:.80}; expected letters, digits and _, since / and + stand between names')
-    taken = {known.lower(): known for known in (*METHODS, 'ce', 'student', 'teacher')}.get(name.lower())
+        raise ValueError(f'method: found the name {name!r:.80}; expected letters, digits and _, '
+                         'since / and + stand between names')
+    taken = {known.lower(): known for known in (*METHODS, 'ce', 'student',
+                                                'teacher')}.get(name.lower())
     before = METHODS.get(taken)
-    if taken and (before is None or taken != name or any(getattr(before, k, '') != getattr(method, k, None) for k in _PLACE)):
-        raise ValueError(f'method {name!r}: found the name taken, by {getattr(before, "__module__", "letkd")}; expected another one')
+    if taken and (before is None or taken != name
+                  or any(getattr(before, k, '') != getattr(method, k, None) for k in _PLACE)):
+        raise ValueError(f'method {name!r}: found the name taken, by '
+                         f'{getattr(before, "__module__", "letkd")}; expected another one')
 
 def _check_options(name: str, method: Callable):
-    if not callable(method): raise TypeError(f'method {name!r}: found {method!r:.80}; expected a function of a `Setup`')
+    if not callable(method):
+        raise TypeError(f'method {name!r}: found {method!r:.80}; expected a function of a `Setup`')
     first, *options = [*inspect.signature(method).parameters.values(), None]
     if first is None or first.name != 'setup':
-        raise ValueError(f'method {name!r}: found {first.name if first else "nothing"} as its first argument; expected setup')
+        raise ValueError(f'method {name!r}: found {first.name if first else "nothing"} as '
+                         'its first argument; expected setup')
     for option in options[:-1]:
-        if option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD) or not isinstance(option.default, (bool, int, float, str, tuple)):
-            raise ValueError(f'method {name!r}: found the option {str(option)!r:.80}; expected a default: a number, a text, '
+        if option.kind in (option.VAR_POSITIONAL,
+                           option.VAR_KEYWORD) or not isinstance(option.default,
+                                                                 (bool, int, float, str, tuple)):
+            raise ValueError(f'method {name!r}: found the option {str(option)!r:.80}; expected a '
+                             'default: a number, a text, '
                              f"True or False, or taps such as ('layer3', 'layer3')")
 
 # %% ../nbs/methods.ipynb #004f06ac
@@ -93,7 +107,9 @@ def _take(name: str):
     try:
         method = point.load()
         if METHODS.get(name) is not method: register(name)(method)  # its decorator has not done it
-    except Exception as e: raise ImportError(f'method {name!r} of {package}, {point.value}: {type(e).__name__}: {e}') from e
+    except Exception as e:
+        raise ImportError(f'method {name!r} of {package}, {point.value}: {type(e).__name__}: '
+                          f'{e}') from e
     if point.dist: PACKAGES[point.dist.name] = point.dist.version
 
 # %% ../nbs/methods.ipynb #ee8fd410
@@ -102,13 +118,15 @@ def addends(method: str) -> list: # the functions of METHODS, none for 'ce'
     names = [] if method == 'ce' else method.split('+')
     for name in names:
         if name not in METHODS and name in installed(): _take(name)
-        if name not in METHODS: raise nearest(f'method {method!r}', name, ['ce', *METHODS, *installed()])
+        if name not in METHODS:
+            raise nearest(f'method {method!r}', name, ['ce', *METHODS, *installed()])
     if len(set(names)) < len(names): raise ValueError(f'method {method!r}: found a part twice')
     return [METHODS[name] for name in names]
 
 def method_options(method: str) -> dict: # {name: default}
     "What can be set for a method: the arguments of its parts."
-    return {p.name: p.default for part in addends(method) for p in inspect.signature(part).parameters.values() if p.name != 'setup'}
+    return {p.name: p.default for part in addends(method)
+            for p in inspect.signature(part).parameters.values() if p.name != 'setup'}
 
 # %% ../nbs/methods.ipynb #19e1c002
 class _Enough(Exception): "The second batch was asked for: what comes now is a pass over the data."
@@ -121,7 +139,8 @@ class _Rehearsal(Setup):
     "A setup whose methods note what is wrong with their places, and fit nothing."
     def __init__(self, setup: Setup):
         vars(self).update(vars(setup))
-        self.setup, self.batches, self.faults, self.fit = setup, self, [], lambda supervision, rows: _Fitted()
+        self.setup, self.batches, self.faults, self.fit = (setup, self, [], lambda supervision,
+                                                           rows: _Fitted())
 
     first = property(lambda self: self.setup.first)
     def __iter__(self): yield self.first; raise _Enough
@@ -137,31 +156,38 @@ class _Rehearsal(Setup):
 
 # %% ../nbs/methods.ipynb #19e1c003
 def _pairs(value) -> list: # an option; pairs of taps, where it is one or a tuple of them
-    is_pair = lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(isinstance(t, str) for t in v)
-    return [value] if is_pair(value) else list(value) if isinstance(value, (tuple, list)) and all(map(is_pair, value)) else []
+    is_pair = (lambda v: isinstance(v, (tuple, list)) and len(v) == 2
+               and all(isinstance(t, str) for t in v))
+    return ([value] if is_pair(value) else list(value) if isinstance(value, (tuple, list))
+            and all(map(is_pair, value)) else [])
 
 def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method; (faults, terms)
     trial, terms = _Rehearsal(setup), []
     defaults = {p.name: p.default for p in inspect.signature(part).parameters.values()}
     for value in (defaults | options).values():
-        for pair in _pairs(value): trial.faults += _unknown(setup, zip(('student', 'teacher'), pair))
+        for pair in _pairs(value):
+            trial.faults += _unknown(setup, zip(('student', 'teacher'), pair))
     try: terms = _terms(part, part(trial, **options))
     except _Enough: pass
     except Exception as e:
         if not trial.faults: trial.faults.append(e)  # else it follows from them
     for term in terms:
-        for side in ('student', 'teacher'): trial.faults += _unknown(setup, [(side, tap) for tap in getattr(term, f'{side}_taps')])
+        for side in ('student', 'teacher'):
+            trial.faults += _unknown(setup, [(side, tap) for tap in getattr(term, f'{side}_taps')])
     return trial.faults, terms
 
 def _unknown(setup: Setup, taps: Iterable) -> list: # (side, tap) pairs
-    known = [(side, getattr(setup, side), tap) for side, tap in taps if getattr(setup, side) is not None]
+    known = [(side, getattr(setup, side), tap) for side, tap in taps
+             if getattr(setup, side) is not None]
     return [e for side, model, tap in known for e in named(side, attempted(resolve, model, tap))]
 
 # %% ../nbs/methods.ipynb #2ee4535f
 def _unread(setup: Setup, terms: list) -> Iterator[Exception]:
-    "Taps of the terms at which no map can be read, such as one that names a layout that does not fit."
+    """Taps of the terms at which no map can be read, such as one that names a layout that does not
+    fit."""
     for side in ('student', 'teacher'):
-        model, taps = getattr(setup, side), {tap for t in terms for tap in getattr(t, f'{side}_taps')}
+        model, taps = getattr(setup, side), {tap for t in terms
+                                             for tap in getattr(t, f'{side}_taps')}
         for tap in sorted(taps) if model is not None and not attempted(lambda: setup.first) else ():
             images = setup.first[0][:2]
             def read():
@@ -176,47 +202,63 @@ def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
     if faults := attempted(setup.classes, 'student'): yield from faults; return
     labels, ours = setup.first[1], setup.classes('student')
     if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < ours:
-        yield ValueError(f'labels: found {labels.min().item()} to {labels.max().item()} in the first batch; '
-                         f'expected 0 to {ours - 1}, the classes of the student')
-    if setup.teacher is not None and any(t.same_classes for t in terms) and ours != (theirs := setup.classes('teacher')):
-        yield ValueError(f'logits: found {ours} classes in the student and {theirs} in the teacher; methods on logits need '
-                         'the same classes')
+        yield ValueError(f'labels: found {labels.min().item()} to {labels.max().item()} in the '
+                         f'first batch; expected 0 to {ours - 1}, the classes of the student')
+    shared = setup.teacher is not None and any(t.same_classes for t in terms)
+    if shared and ours != (theirs := setup.classes('teacher')):
+        yield ValueError(f'logits: found {ours} classes in the student and {theirs} in the '
+                         'teacher; methods on logits need the same classes')
 
 def check_method(method: str,  # a row's name
                  setup: Setup, # what it would be built for
                  **options,    # arguments of the method, see `method_options`
                 ):
-    "Raise all that is wrong with taps, classes and options in one error; nothing is fitted, one batch is read."
+    """Raise all that is wrong with taps, classes and options in one error; nothing is fitted, one
+    batch is read."""
     known, terms = method_options(method), []
-    faults = [nearest(f'option of {method}', key, known or ['none']) for key in options if key not in known]
+    faults = [nearest(f'option of {method}', key, known or ['none']) for key in options
+              if key not in known]
     with torch.random.fork_rng():
         for part in addends(method):
-            found, built = _rehearse(part, setup, {k: v for k, v in options.items() if k in inspect.signature(part).parameters})
+            found, built = _rehearse(part, setup, {k: v for k, v in options.items()
+                                                   if k in inspect.signature(part).parameters})
             faults, terms = faults + found, terms + built
         if not faults and terms: faults += [*_other_classes(setup, terms)] or _unread(setup, terms)
     raise_all(method, faults)
 
-# %% ../nbs/methods.ipynb #7bbb186e
+# %% ../nbs/methods.ipynb #79465687
 def _terms(part: Callable, found) -> list: # a method; what it has returned
-    if isinstance(found, (list, tuple)) and all(isinstance(term, Term) for term in found): return [*found]
-    what = [type(term).__name__ for term in found] if isinstance(found, (list, tuple)) else type(found).__name__
+    if isinstance(found, (list, tuple)) and all(isinstance(term, Term) for term in found):
+        return [*found]
+    what = ([type(term).__name__ for term in found] if isinstance(found, (list, tuple))
+            else type(found).__name__)
     name = getattr(part, '__name__', part)
-    raise TypeError(f'method {name}: found {what}; expected a list of terms, which derive from letkd.distiller.Term')
+    raise TypeError(f'method {name}: found {what}; expected a list of terms, which derive from '
+                    'letkd.distiller.Term')
 
-def create_terms(method: str,              # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', or a sum of them
+# %% ../nbs/methods.ipynb #7bbb186e
+def create_terms(method: str, # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', or a sum of them
                  student: nn.Module,       # any classifier
                  teacher: Optional[nn.Module], # any classifier of the same classes
-                 batches: Iterable,        # re-iterable of (images, labels, ...), not augmented: supervisions are fitted on it
-                 penultimate: tuple = ('layer3', 'layer3'),     # (student's tap, teacher's tap) of the last feature map
-                 intermediate: tuple = ('layer3.0', 'layer3.0'), # the same, after the first block of the last stage
-                 fit: Callable = Setup.fit, # how to fit a supervision on a stream; a cache may stand here
-                 output: Optional[Callable] = None, # finds the logits in what a network returns; see `letkd.taps.logits_of`
+                 # re-iterable of (images, labels, ...), not augmented, to fit supervisions
+                 batches: Iterable,
+                 # (student's tap, teacher's tap) of the last feature map
+                 penultimate: tuple = ('layer3', 'layer3'),
+                 # the same, after the first block of the last stage
+                 intermediate: tuple = ('layer3.0', 'layer3.0'),
+                 # how to fit a supervision on a stream; a cache may stand here
+                 fit: Callable = Setup.fit,
+                 # finds the logits in what a network returns; see `letkd.taps.logits_of`
+                 output: Optional[Callable] = None,
                  **options,                # arguments of the method, see `method_options`
                 ) -> list:                 # terms for `Distiller(student, teacher, terms)`
     "The terms of a method by name, for any two networks."
-    setup, (ce, weight) = Setup(student, teacher, batches, penultimate, intermediate, fit, output), WEIGHTS.get(method, (1., 1.))
+    setup, (ce, weight) = Setup(student, teacher, batches, penultimate, intermediate, fit,
+                                output), WEIGHTS.get(method, (1., 1.))
     check_method(method, setup, **options)
-    chosen = lambda part: {k: v for k, v in options.items() if k in inspect.signature(part).parameters}
+    chosen = lambda part: {k: v for k, v in options.items()
+                           if k in inspect.signature(part).parameters}
     terms = [term for part in addends(method) for term in _terms(part, part(setup, **chosen(part)))]
     for term in terms: term.weight *= weight
-    return [CrossEntropy(ce, start=max(getattr(term, 'alone', 0.) for term in terms) if terms else 0.), *terms]
+    return [CrossEntropy(ce, start=max(getattr(term, 'alone', 0.) for term in terms) if terms
+                         else 0.), *terms]

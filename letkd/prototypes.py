@@ -27,53 +27,69 @@ from .matching import DenseTarget, PrototypeTarget, perplexity, precise
 def _check_rows(rows: Tensor, channels: Optional[int], where: str):
     "Rows are N x C numbers, and C does not change."
     if not (isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point()):
-        found = f'{rows.dtype} {tuple(rows.shape)}' if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f'{where}: found {found}; expected rows, N x C floating-point numbers (see letkd.taps.rows)')
+        found = (f'{rows.dtype} {tuple(rows.shape)}' if isinstance(rows, Tensor)
+                 else type(rows).__name__)
+        raise ValueError(f'{where}: found {found}; expected rows, N x C floating-point '
+                         'numbers (see letkd.taps.rows)')
     if channels is not None and rows.shape[1] != channels:
-        raise ValueError(f'{where}: found rows of {rows.shape[1]} channels; expected {channels}')
+        raise ValueError(f'{where}: found rows of {rows.shape[1]} channels; expected '
+                         f'{channels}')
 
 def _check_labels(labels: Tensor, n: int, classes: Optional[int], where: str):
     "Labels are n integers from 0 to classes - 1."
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        found = f'{labels.dtype} {tuple(labels.shape)}' if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f'{where}: found labels {found}; expected a vector of {n} integers, one for each row')
-    if len(labels) != n: raise ValueError(f'{where}: found {len(labels)} labels; expected {n}, one for each row')
-    if n and labels.device.type == 'cpu':  # elsewhere looking would make the device wait; indexing raises there
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point()
+                                                or labels.is_complex())
+    if not whole or labels.ndim != 1:
+        found = (f'{labels.dtype} {tuple(labels.shape)}' if isinstance(labels, Tensor)
+                 else type(labels).__name__)
+        raise ValueError(f'{where}: found labels {found}; expected a vector of {n} '
+                         'integers, one for each row')
+    if len(labels) != n:
+        raise ValueError(f'{where}: found {len(labels)} labels; expected {n}, one for '
+                         'each row')
+    # elsewhere looking would make the device wait; indexing raises there
+    if n and labels.device.type == 'cpu':
         low, high = labels.min().item(), labels.max().item()
         if low < 0: raise ValueError(f'{where}: found label {low}; expected 0 or more')
         if classes is not None and high >= classes:
-            raise ValueError(f'{where}: found label {high}; expected labels below {classes}, the number of classes')
+            raise ValueError(f'{where}: found label {high}; expected labels below '
+                             f'{classes}, the number of classes')
 
 # %% ../nbs/05_prototypes.ipynb #f899222b
-def checked(stream: Iterable,              # pairs of rows (N x C, any device) and labels (N integers)
+def checked(stream: Iterable, # of rows (N x C, any device) and labels (N integers)
             labelled: bool = False,        # are the labels needed?
             classes: Optional[int] = None, # number of classes, where it is known
             progress: str = '',            # title of the progress bar; none where empty
             devices: Optional[set] = None, # told where the rows come from
-           ) -> Iterable[tuple]:           # (rows,) or (rows, labels), on the CPU, rows in float32 at least
+           ) -> Iterable[tuple]: # (rows,) or (rows, labels), on the CPU, float32 or 64
     "The pieces of a stream, each examined as it passes."
     channels, total = None, 0
-    bar = tqdm(stream, progress, disable=None if progress else True, leave=False, unit='batch')
+    bar = tqdm(stream, progress, disable=None if progress else True, leave=False,
+               unit='batch')
     for i, piece in enumerate(bar):
         where = f'piece {i} of the stream'
         if not isinstance(piece, (tuple, list)) or len(piece) != 2:
-            raise ValueError(f'{where}: found {type(piece).__name__}; expected a pair (rows, labels)')
+            raise ValueError(f'{where}: found {type(piece).__name__}; expected a pair '
+                             '(rows, labels)')
         rows, labels = piece
         _check_rows(rows, channels, where)
         channels, total = rows.shape[1], total + len(rows)
         if devices is not None: devices.add(rows.device)
         rows = precise(rows.detach().cpu())
         if bad := int((~rows.isfinite()).any(1).sum()):
-            raise ValueError(f'{where}: found {bad} of {len(rows)} rows with NaN or infinity; expected finite numbers')
+            raise ValueError(f'{where}: found {bad} of {len(rows)} rows with NaN or '
+                             'infinity; expected finite numbers')
         if isinstance(labels, Tensor): labels = labels.cpu()
         if labelled: _check_labels(labels, len(rows), classes, where)
         yield (rows, labels.long()) if labelled else (rows,)
-    if not total: raise ValueError('the stream: found 0 rows; expected some. Is it an iterator that was used up?')
+    if not total:
+        raise ValueError('the stream: found 0 rows; expected some. Is it an iterator '
+                         'that was used up?')
 
 # %% ../nbs/05_prototypes.ipynb #518c7f73
 def blocks(pieces: Iterable[tuple], # tuples of tensors of equal length
            size: int = 16384,       # rows in a block
-          ) -> Iterable[tuple]:     # the same rows in the same order, `size` at a time, the last block shorter
+          ) -> Iterable[tuple]: # the same rows in order, `size` at a time
     "Cut a stream anew, so that nothing can depend on how it was cut before."
     held, n = [], 0
     for piece in pieces:
@@ -87,9 +103,10 @@ def blocks(pieces: Iterable[tuple], # tuples of tensors of equal length
 
 # %% ../nbs/05_prototypes.ipynb #5f13767c
 def sample(pieces: Iterable[tuple], # tuples of tensors of equal length, rows first
-           memory: int = 2**30,     # bytes of rows to keep; twice that are held while the stream runs
+           # bytes of rows to keep; twice that are held while the stream runs
+           memory: int = 2**30,
            seed: int = 0,           # of the draw
-          ) -> tuple:               # the tensors of the rows kept, in the order of the stream
+          ) -> tuple: # the tensors of the rows kept, in the order of the stream
     "All rows where they fit, otherwise a uniform sample without replacement."
     rng, held, n, limit, most = np.random.default_rng(seed), [], 0, 1., None
     def smallest(held):
@@ -98,7 +115,8 @@ def sample(pieces: Iterable[tuple], # tuples of tensors of equal length, rows fi
         keep = draws.argsort()[:most].sort().values
         return draws[keep], *(t[keep] for t in tensors)
     for piece in pieces:
-        if most is None: most = max(1, memory // (piece[0].shape[1] * piece[0].element_size()))
+        if most is None:
+            most = max(1, memory // (piece[0].shape[1] * piece[0].element_size()))
         draws = torch.from_numpy(rng.random(len(piece[0])))
         keep = draws < limit
         held.append((draws[keep], *(t[keep] for t in piece)))
@@ -111,7 +129,8 @@ def sample(pieces: Iterable[tuple], # tuples of tensors of equal length, rows fi
 # %% ../nbs/05_prototypes.ipynb #6b2df297
 @contextmanager
 def one_thread():
-    "Within it (or in a function decorated with it), torch, BLAS and OpenMP run on one thread."
+    """Within it (or in a function decorated with it), torch, BLAS and OpenMP run on one
+    thread."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,19 +138,23 @@ def one_thread():
     finally: torch.set_num_threads(n)
 
 def distinct(rows: Tensor # N x C
-            ) -> tuple:   # (D x C array: each row once, in the order of first occurrence; D counts in float64)
+            ) -> tuple: # (D x C array: each row once, as first met; D counts)
     "The rows without repetition, and how often each occurs."
     x = np.ascontiguousarray(rows.numpy())
-    _, first, counts = np.unique(x.view(f'V{x.shape[1] * x.itemsize}').ravel(), return_index=True, return_counts=True)
+    _, first, counts = np.unique(x.view(f'V{x.shape[1] * x.itemsize}').ravel(),
+                                 return_index=True, return_counts=True)
     order = first.argsort()
     return x[first[order]], counts[order].astype(np.float64)
 
 # %% ../nbs/05_prototypes.ipynb #d3bb9782
-def _lloyd(x, weights, centres, max_iter: int, progress: str) -> tuple: # centres, mean squared distance
-    bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True, leave=False, unit='iteration')
+def _lloyd(x, weights, centres, max_iter: int, progress: str
+          ) -> tuple: # centres, mean squared distance
+    bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True,
+               leave=False, unit='iteration')
     for done in range(0, max_iter, 5):  # five at a time, for the bar's sake
         steps = min(5, max_iter - done)
-        fitted = KMeans(len(centres), init=centres, n_init=1, max_iter=steps, copy_x=False).fit(x, sample_weight=weights)
+        fitted = KMeans(len(centres), init=centres, n_init=1, max_iter=steps,
+                        copy_x=False).fit(x, sample_weight=weights)
         centres, inertia = fitted.cluster_centers_, fitted.inertia_ / weights.sum()
         bar.update(steps)
         bar.set_postfix(error=f'{inertia:.4g}')
@@ -140,27 +163,36 @@ def _lloyd(x, weights, centres, max_iter: int, progress: str) -> tuple: # centre
     return centres, inertia
 
 # %% ../nbs/05_prototypes.ipynb #c92d41f6
-def _pass(x: Tensor, weights: Tensor, centres: Tensor) -> tuple: # sums K x C, masses K, squared distances N
+def _pass(x: Tensor, weights: Tensor, centres: Tensor
+         ) -> tuple: # sums K x C, masses K, squared distances N
     "One look at all rows, a tile at a time."
-    half, sums, mass, low = centres.square().sum(1) / 2, torch.zeros_like(centres), centres.new_zeros(len(centres)), []
+    half, sums, mass, low = (centres.square().sum(1) / 2, torch.zeros_like(centres),
+                             centres.new_zeros(len(centres)), [])
     tile = max(1, 2**24 // len(centres))
     for rows, w in zip(x.split(tile), weights.split(tile)):
         score, own = torch.addmm(half, rows, centres.T, alpha=-1).min(1)
-        share = rows.new_zeros(len(rows), len(centres)).scatter_(1, own[:, None], w[:, None])
+        share = rows.new_zeros(len(rows),
+                               len(centres)).scatter_(1, own[:, None], w[:, None])
         sums.addmm_(share.T, rows); mass += share.sum(0)
         low.append(2 * score + rows.square().sum(1))
     return sums, mass, torch.cat(low).clamp_(min=0)
 
 # %% ../nbs/05_prototypes.ipynb #07c3e8d5
-def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int, progress: str) -> tuple: # centres, mean squared distance
-    "Lloyd's iterations on the device of `x`, as scikit-learn makes them: empty clusters go to the farthest rows."
+def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int,
+                    progress: str) -> tuple:
+    # centres, mean squared distance
+    """Lloyd's iterations on the device of `x`, as scikit-learn makes them: empty
+    clusters go to the farthest rows."""
     enough = 1e-4 * x.var(0, correction=0).mean()
-    for _ in tqdm(range(max_iter), progress, disable=None if progress else True, leave=False, unit='iteration'):
+    for _ in tqdm(range(max_iter), progress, disable=None if progress else True,
+                  leave=False, unit='iteration'):
         sums, mass, far = _pass(x, weights, centres)
-        old, centres, empty = centres, sums / mass.clamp(min=1e-30)[:, None], (mass == 0).nonzero()[:, 0]
+        old, centres, empty = (centres, sums / mass.clamp(min=1e-30)[:, None],
+                               (mass == 0).nonzero()[:, 0])
         if len(empty): centres[empty] = x[far.topk(len(empty)).indices]
         if (centres - old).square().sum() <= enough: break
-    return centres, ((_pass(x, weights, centres)[2] * weights).double().sum() / weights.double().sum()).item()
+    squares = (_pass(x, weights, centres)[2] * weights).double().sum()
+    return centres, (squares / weights.double().sum()).item()
 
 # %% ../nbs/05_prototypes.ipynb #33b0c018
 @one_thread()
@@ -169,40 +201,51 @@ def kmeans(rows: Tensor,           # N x C
            max_iter: int = 20,     # Lloyd iterations, as in QuEST
            seed: int = 0,          # of the start
            progress: str = '',     # title of the progress bar; none where empty
-           device = 'cpu',         # where the iterations run; on the CPU they are scikit-learn's
-          ) -> tuple:              # (K x C centres in float64, mean squared distance of a row to its centre)
+           # where the iterations run; on the CPU they are scikit-learn's
+           device = 'cpu',
+          ) -> tuple: # (K x C centres in float64, mean squared distance to them)
     "K-means, the same on any number of threads."
     x, weights = distinct(rows)
     if len(x) < clusters:
-        warnings.warn(f'K-means: found {len(x)} distinct rows; expected {clusters} or more, the number of clusters. '
+        warnings.warn(f'K-means: found {len(x)} distinct rows; expected {clusters} or '
+                      'more, the number of clusters. '
                       'Some centres repeat', ConvergenceWarning, stacklevel=3)
         return torch.from_numpy(x[np.arange(clusters) % len(x)]).double(), 0.
     mean = np.einsum('n,nc->c', weights, x, dtype=np.float64) / weights.sum()
     x = np.subtract(x, mean, out=x, casting='same_kind').astype(np.float32, copy=False)
     start = np.random.default_rng(seed).permutation(len(x))[:max(10 * clusters, 10000)]
-    centres, _ = kmeans_plusplus(x[start], clusters, sample_weight=weights[start], random_state=seed)
-    if torch.device(device).type == 'cpu': centres, inertia = _lloyd(x, weights, centres, max_iter, progress)
+    centres, _ = kmeans_plusplus(x[start], clusters, sample_weight=weights[start],
+                                 random_state=seed)
+    if torch.device(device).type == 'cpu':
+        centres, inertia = _lloyd(x, weights, centres, max_iter, progress)
     else:
-        centres, inertia = _lloyd_in_tiles(*(torch.from_numpy(a).to(device, torch.float32) for a in (x, weights, centres)), max_iter, progress)
+        there = (torch.from_numpy(a).to(device, torch.float32)
+                 for a in (x, weights, centres))
+        centres, inertia = _lloyd_in_tiles(*there, max_iter, progress)
         centres = centres.cpu().numpy()
     return torch.from_numpy(centres.astype(np.float64) + mean), inertia
 
 # %% ../nbs/05_prototypes.ipynb #adb13600
 class Supervision(nn.Module):
-    "From the teacher's rows to targets: `fit` once on a stream, then `target` for each batch."
+    """From the teacher's rows to targets: `fit` once on a stream, then `target` for
+    each batch."""
     def __init__(self, *buffers: str): # names of what `fit` finds
         super().__init__()
         for name in buffers: self.register_buffer(name, None)
 
     @property
     def num_templates(self) -> int: raise NotImplementedError # K, known after `fit`
-    def fit(self, stream: Iterable): raise NotImplementedError # re-iterable of (rows, labels); returns self
-    def target(self, rows: Tensor, labels: Optional[Tensor] = None): raise NotImplementedError # a target, N x K
+    def fit(self, stream: Iterable):
+        raise NotImplementedError # re-iterable of (rows, labels); returns self
+    def target(self, rows: Tensor, labels: Optional[Tensor] = None):
+        raise NotImplementedError # a target, N x K
 
     def _fitted(self, rows: Optional[Tensor] = None, channels: Optional[int] = None):
         if any(b is None for b in self._buffers.values()):
-            raise RuntimeError(f'{type(self).__name__} is not fitted: call fit(stream) or load_state_dict(state) first')
-        if rows is not None: _check_rows(rows, channels, f'{type(self).__name__}.target')
+            raise RuntimeError(f'{type(self).__name__} is not fitted: call fit(stream) '
+                               'or load_state_dict(state) first')
+        if rows is not None:
+            _check_rows(rows, channels, f'{type(self).__name__}.target')
 
     def _conflict(self, found: dict) -> str: # buffers about to be loaded
         "Why these results belong to other settings; empty if they fit."
@@ -211,39 +254,55 @@ class Supervision(nn.Module):
 # %% ../nbs/05_prototypes.ipynb #13c51967
 def misfits(found: dict,   # {name: tensor}, to be loaded
             whole: tuple = (), # names of those that hold integers
-            **shapes: str, # {name: a letter for each dimension}; equal letters, equal sizes
+            # {name: a letter for each dimension}; equal letters, equal sizes
+            **shapes: str,
            ) -> str:       # what is wrong; empty where nothing is
     "Do these tensors belong together, and are all numbers finite?"
     sizes = {}
     for name, letters in shapes.items():
         x = found[name]
-        if x.ndim != len(letters) or 0 in x.shape or any(sizes.setdefault(l, n) != n for l, n in zip(letters, x.shape)):
-            return f'found {name} of shape {tuple(x.shape)}; expected {" x ".join(letters) or "a number"}, with ' + ', '.join(f'{l} = {n}' for l, n in sizes.items())
-        if x.dtype != torch.long if name in whole else not x.is_floating_point(): return f'found {name} of {x.dtype}; expected {"integers" if name in whole else "floating-point numbers"}'
-        if not x.isfinite().all(): return f'found {name} with NaN or infinity; expected finite numbers'
+        fits = x.ndim == len(letters) and 0 not in x.shape
+        if not fits or any(sizes.setdefault(l, n) != n for l,
+                           n in zip(letters, x.shape)):
+            return (f'found {name} of shape {tuple(x.shape)}; expected '
+                    f'{" x ".join(letters) or "a number"}, with '
+                    + ', '.join(f'{l} = {n}' for l, n in sizes.items()))
+        if x.dtype != torch.long if name in whole else not x.is_floating_point():
+            return (f'found {name} of {x.dtype}; expected '
+                    f'{"integers" if name in whole else "floating-point numbers"}')
+        if not x.isfinite().all():
+            return f'found {name} with NaN or infinity; expected finite numbers'
     return ''
 
 # %% ../nbs/05_prototypes.ipynb #443faeac
 @patch
-def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, strict, missing, unexpected, errors):
-    found = {name: state[prefix + name] for name in self._buffers if prefix + name in state}
+def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, strict,
+                          missing, unexpected, errors):
+    found = {name: state[prefix + name] for name in self._buffers
+             if prefix + name in state}
     if len(found) == len(self._buffers) and (conflict := self._conflict(found)):
         return errors.append(f'{prefix or type(self).__name__}: {conflict}')
     for name, value in found.items():
         old = self._buffers[name]
-        self._buffers[name] = torch.empty_like(value, device=value.device if old is None else old.device)
-    super(Supervision, self)._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
-    if found: missing.extend(prefix + name for name in self._buffers if name not in found)
+        self._buffers[name] = torch.empty_like(value, device=value.device if old is None
+                                               else old.device)
+    super(Supervision, self)._load_from_state_dict(state, prefix, local_metadata,
+                                                   strict, missing, unexpected, errors)
+    if found:
+        missing.extend(prefix + name for name in self._buffers if name not in found)
 
 # %% ../nbs/05_prototypes.ipynb #56be68e8
 class KMeansPrototypes(Supervision):
-    "Soft assignment to the K-means centres of all pixels of the training set (@eq-prototypes)."
+    """Soft assignment to the K-means centres of all pixels of the training set
+    (@eq-prototypes)."""
     def __init__(self,
                  num_prototypes: int = 4096, # K; 4096 in QuEST and letKD
-                 tau: float = 1.,            # temperature, in squared units of the features; free to change after `fit`
+                 # temperature, in squared units of the features; may change after `fit`
+                 tau: float = 1.,
                  max_iter: int = 20,         # Lloyd iterations; 20 in QuEST
-                 seed: int = 0,              # of the start, and of the sample where one is needed
-                 memory: int = 2**30,        # bytes of float32 rows to hold; beyond it K-means sees a uniform sample
+                 seed: int = 0, # of the start, and of the sample where one is needed
+                 # bytes of rows to hold; K-means sees a uniform sample of more
+                 memory: int = 2**30,
                 ):
         super().__init__('prototypes', 'inertia')
         self.num_prototypes, self.tau = num_prototypes, tau
@@ -251,22 +310,29 @@ class KMeansPrototypes(Supervision):
 
     @property
     def num_templates(self) -> int: return self.num_prototypes
-    def extra_repr(self) -> str: return f'num_prototypes={self.num_prototypes}, tau={self.tau:g}'
+    def extra_repr(self) -> str:
+        return f'num_prototypes={self.num_prototypes}, tau={self.tau:g}'
 
-    def fit(self, stream: Iterable): # (rows, labels) pairs, read once; labels are not looked at
+    def fit(self, stream: Iterable):
+        # (rows, labels) pairs, read once; labels are not looked at
         devices = set()
-        rows, = sample(checked(stream, progress='teacher features', devices=devices), self.memory, self.seed)
+        rows, = sample(checked(stream, progress='teacher features', devices=devices),
+                       self.memory, self.seed)
         if len(rows) < self.num_prototypes:
-            raise ValueError(f'KMeansPrototypes: found {len(rows)} rows (memory = {self.memory:,} bytes); '
-                             f'expected at least num_prototypes = {self.num_prototypes}')
-        centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed, 'K-means', devices.pop())
+            raise ValueError(f'KMeansPrototypes: found {len(rows)} rows (memory = '
+                             f'{self.memory:,} bytes); '
+                             'expected at least num_prototypes = '
+                             f'{self.num_prototypes}')
+        centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed,
+                                  'K-means', devices.pop())
         self.prototypes, self.inertia = centres.float(), torch.tensor(inertia)
         return self
 
 # %% ../nbs/05_prototypes.ipynb #81d1f607
 @patch
 @torch.no_grad()
-def target(self: KMeansPrototypes, rows: Tensor, labels: Optional[Tensor] = None) -> PrototypeTarget: # N x C; labels are not needed
+def target(self: KMeansPrototypes, rows: Tensor, labels: Optional[Tensor] = None
+          ) -> PrototypeTarget: # N x C; labels are not needed
     self._fitted(rows, None if self.prototypes is None else self.prototypes.shape[1])
     mean = self.prototypes.mean(0)
     return PrototypeTarget(precise(rows) - mean, self.prototypes - mean, self.tau)
@@ -279,7 +345,7 @@ def _conflict(self: KMeansPrototypes, found: dict) -> str:
     return f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
 
 # %% ../nbs/05_prototypes.ipynb #a97a2bbd
-def tau_for_perplexity(target: Callable,   # temperature -> target: `lambda tau: PrototypeTarget(rows, prototypes, tau)`
+def tau_for_perplexity(target: Callable, # temperature -> target
                        wanted: float,      # perplexity, between 1 and K
                        low: float = 1e-6,  # smallest temperature considered
                        high: float = 1e6,  # largest
@@ -288,7 +354,8 @@ def tau_for_perplexity(target: Callable,   # temperature -> target: `lambda tau:
     "The temperature at which a target has the wanted perplexity."
     least, most = perplexity(target(low)), perplexity(target(high))
     if not least <= wanted <= most:
-        raise ValueError(f'tau_for_perplexity: found perplexities from {least:.4g} (tau = {low:g}) to {most:.4g} '
+        raise ValueError('tau_for_perplexity: found perplexities from '
+                         f'{least:.4g} (tau = {low:g}) to {most:.4g} '
                          f'(tau = {high:g}); {wanted:g} is not among them')
     while high / low > 1 + tol:
         middle = (low * high)**.5
@@ -298,10 +365,13 @@ def tau_for_perplexity(target: Callable,   # temperature -> target: `lambda tau:
 
 # %% ../nbs/05_prototypes.ipynb #cc57ba5a
 class KernelPrototypes(Supervision):
-    "Softmax over the channels of a convolution's response before its batch normalisation (@eq-kernels)."
+    """Softmax over the channels of a convolution's response before its batch
+    normalisation (@eq-kernels)."""
     def __init__(self,
-                 tau: float = .25,     # temperature, in units of sigma; free to change after `fit`
-                 whiten: bool = False, # each channel to mean 0 and variance 1, instead of one common scale
+                 # temperature, in units of sigma; free to change after `fit`
+                 tau: float = .25,
+                 # each channel to mean 0 and variance 1, instead of one common scale
+                 whiten: bool = False,
                 ):
         super().__init__('mean', 'std')
         self.tau, self.whiten = tau, whiten
@@ -310,30 +380,40 @@ class KernelPrototypes(Supervision):
     def num_templates(self) -> int: self._fitted(); return len(self.mean)
     def extra_repr(self) -> str: return f'tau={self.tau:g}, whiten={self.whiten}'
 
-    def fit(self, stream: Iterable): # (rows, labels) pairs, read once; labels are not looked at
+    def fit(self, stream: Iterable):
+        # (rows, labels) pairs, read once; labels are not looked at
         n, shift = 0, None
         for rows, in blocks(checked(stream, progress='teacher responses')):
             if shift is None: shift, total, squares = rows[0].double(), 0., 0.
             x = rows.double() - shift
             if not self.whiten: x -= x.mean(1, keepdim=True)
-            n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+            n, total, squares = (n + len(x), total + x.sum(0),
+                                 squares + x.square().sum(0))
         mean = total / n
         var = (squares / n - mean.square()).clamp(min=0)
-        if var.max() == 0: raise ValueError(f'KernelPrototypes: found {n} rows all alike; expected responses that vary')
+        if var.max() == 0:
+            raise ValueError(f'KernelPrototypes: found {n} rows all alike; expected '
+                             'responses that vary')
         if not self.whiten: mean, var = -shift, var.mean().expand_as(var)
-        self.mean, self.std = (mean + shift).float(), var.sqrt().masked_fill(var == 0, 1).float()
+        self.mean, self.std = ((mean + shift).float(),
+                               var.sqrt().masked_fill(var == 0, 1).float())
         return self
 
 # %% ../nbs/05_prototypes.ipynb #b78a6cfc
 @patch
 @torch.no_grad()
-def target(self: KernelPrototypes, rows: Tensor, labels: Optional[Tensor] = None) -> DenseTarget: # N x K responses; no labels needed
+def target(self: KernelPrototypes, rows: Tensor, labels: Optional[Tensor] = None
+          ) -> DenseTarget: # N x K responses; no labels needed
     self._fitted(rows, None if self.mean is None else len(self.mean))
-    return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau), dim=1))
+    return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau),
+                                 dim=1))
 
 @patch
 def _conflict(self: KernelPrototypes, found: dict) -> str:
     if wrong := misfits(found, mean='K', std='K'): return wrong
-    if found['std'].min() <= 0: return f'found a standard deviation of {found["std"].min():g}; expected positive ones'
+    if found['std'].min() <= 0:
+        return (f'found a standard deviation of {found["std"].min():g}; expected '
+                'positive ones')
     whitened = found['mean'].count_nonzero() > 0
-    return '' if whitened == self.whiten else f'found whiten={bool(whitened)}; expected whiten={self.whiten}'
+    return ('' if whitened == self.whiten else f'found whiten={bool(whitened)}; '
+            f'expected whiten={self.whiten}')

@@ -15,11 +15,13 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .matching import TableTarget, precise
-from .prototypes import Supervision, _check_labels, blocks, checked, distinct, kmeans, misfits, one_thread, sample
+from .prototypes import Supervision, _check_labels, blocks, checked, distinct
+from .prototypes import kmeans, misfits, one_thread, sample
 
 # %% ../nbs/06_subclasses.ipynb #2864495a
 class Moments:
-    "Counts, sums and products of the rows of each class, added up in float64 (@eq-scatter)."
+    """Counts, sums and products of the rows of each class, added up in float64
+    (@eq-scatter)."""
     def __init__(self): self.shift = None
 
     @one_thread()
@@ -29,10 +31,12 @@ class Moments:
            ):
         if self.shift is None:
             self.shift, c = rows[0].double().numpy().copy(), rows.shape[1]
-            self.counts, self.sums, self.products = np.zeros(0, int), np.zeros((0, c)), np.zeros((c, c))
+            self.counts, self.sums, self.products = (np.zeros(0, int), np.zeros((0, c)),
+                                                     np.zeros((c, c)))
         n = np.bincount(labels.numpy(), minlength=len(self.counts))
         new = len(n) - len(self.counts)
-        self.counts, self.sums = np.pad(self.counts, (0, new)) + n, np.pad(self.sums, ((0, new), (0, 0)))
+        self.counts, self.sums = (np.pad(self.counts, (0, new)) + n,
+                                  np.pad(self.sums, ((0, new), (0, 0))))
         x = rows.double() - torch.from_numpy(self.shift)
         torch.from_numpy(self.sums).index_add_(0, labels, x)
         self.products += x.numpy().T @ x.numpy()
@@ -45,24 +49,30 @@ def scatter(self: Moments) -> tuple: # mean, B, W
     mean = self.sums.sum(0) / n
     means = self.sums / self.counts[:, None] - mean
     between = (means * self.counts[:, None] / n).T @ means
-    return mean + self.shift, between, self.products / n - np.outer(mean, mean) - between
+    return (mean + self.shift, between,
+            self.products / n - np.outer(mean, mean) - between)
 
 # %% ../nbs/06_subclasses.ipynb #bd900d97
 def lda_map(between: np.ndarray, # B, C x C
             within: np.ndarray,  # W, C x C
             num_dims: int,       # the most dimensions to keep
-           ) -> tuple:           # (C x d array of directions; all positive eigenvalues, descending)
-    "Solve @eq-lda where the classes vary; d <= num_dims, and never more than there are positive eigenvalues."
+           ) -> tuple: # (C x d directions; all positive eigenvalues, descending)
+    """Solve @eq-lda where the classes vary; d <= num_dims, and never more than there
+    are positive eigenvalues."""
     spread = within.diagonal()
     live = spread > 1e-12 * (spread + between.diagonal())
-    if not live.any(): raise ValueError(f'LDA: found 0 of {len(live)} channels that vary within a class; expected some')
+    if not live.any():
+        raise ValueError(f'LDA: found 0 of {len(live)} channels that vary within a '
+                         'class; expected some')
     std = np.sqrt(spread[live])
     values, vectors = np.linalg.eigh(within[np.ix_(live, live)] / np.outer(std, std))
     keep = values > 1e-8
     whiten = vectors[:, keep] / np.sqrt(values[keep]) / std[:, None]
     values, vectors = np.linalg.eigh(whiten.T @ between[np.ix_(live, live)] @ whiten)
     values, vectors = values[::-1], vectors[:, ::-1]
-    if values[0] < 1e-12: raise ValueError('LDA: found classes with equal means; expected means that differ')
+    if values[0] < 1e-12:
+        raise ValueError('LDA: found classes with equal means; expected means '
+                         'that differ')
     values = values[values > 1e-8 * values[0]]
     directions = np.zeros((len(live), min(num_dims, len(values))))
     directions[live] = (whiten @ vectors)[:, :directions.shape[1]]
@@ -79,18 +89,22 @@ def split_classes(z: Tensor,           # N x d
                  ) -> Tensor:          # Y*S x d prototypes, class by class
     "K-means within each class."
     prototypes = []
-    for y in tqdm(range(num_classes), 'sub-classes', disable=None, leave=False, unit='class'):
+    for y in tqdm(range(num_classes), 'sub-classes', disable=None, leave=False,
+                  unit='class'):
         own = z[labels == y]
         found = len(distinct(own[:1000])[0])
         if found < per_class and (found := len(distinct(own)[0])) < per_class:
-            raise ValueError(f'class {y}: found {found} distinct rows; expected at least per_class = {per_class}')
+            raise ValueError(f'class {y}: found {found} distinct rows; expected at '
+                             f'least per_class = {per_class}')
         prototypes.append(kmeans(own, per_class, max_iter, seed)[0].float())
     return torch.cat(prototypes)
 
 # %% ../nbs/06_subclasses.ipynb #b8875f52
-def _project(rows: Tensor, mean: Tensor, projection: Tensor) -> Tensor: # N x C, C, C x d -> N x d, z of @eq-lda
+def _project(rows: Tensor, mean: Tensor, projection: Tensor
+            ) -> Tensor: # N x C, C, C x d -> N x d, z of @eq-lda
     x = precise(rows) - mean
-    with torch.autocast(x.device.type, enabled=False):  # in bfloat16, pixels near a border would cross it
+    # in bfloat16, pixels near a border would cross it
+    with torch.autocast(x.device.type, enabled=False):
         return x @ projection.to(x.dtype)
 
 def _nearest(z: Tensor, prototypes: Tensor) -> Tensor: # N x d, K x d -> N, h2
@@ -98,34 +112,42 @@ def _nearest(z: Tensor, prototypes: Tensor) -> Tensor: # N x d, K x d -> N, h2
     with torch.autocast(z.device.type, enabled=False):
         return torch.cat([(half - x @ prototypes.T).argmin(1) for x in z.split(tile)])
 
-def _nearest_own(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int) -> Tensor: # -> N, h1
+def _nearest_own(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int
+                ) -> Tensor: # -> N, h1
     own = prototypes.view(-1, per_class, prototypes.shape[1])
-    steps = [(x[:, None] - own[y]).square().sum(2).argmin(1) for x, y in zip(z.split(4096), labels.split(4096))]
+    steps = [(x[:, None] - own[y]).square().sum(2).argmin(1) for x,
+             y in zip(z.split(4096), labels.split(4096))]
     return torch.cat(steps) + labels * per_class
 
 # %% ../nbs/06_subclasses.ipynb #4da27975
 @one_thread()
-def _count(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int, counts: Tensor): # counts: K x K, added to
+def _count(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int,
+           counts: Tensor):
+    # counts: K x K, added to
     i, j = _nearest_own(z, labels, prototypes, per_class), _nearest(z, prototypes)
     counts.view(-1).index_add_(0, i * len(prototypes) + j, torch.ones_like(i))
 
 def transition_matrix(pieces: Iterable[tuple], # (z, labels)
                       prototypes: Tensor,      # K x d, class by class
                       per_class: int,          # S
-                     ) -> tuple:               # (M, K x K, rows sum to 1; pixels in each sub-class, K)
-    "Share of the pixels of sub-class i that lie nearest to sub-class j (@eq-transition)."
+                     ) -> tuple: # (M, K x K, rows sum to 1; pixels of each sub-class)
+    """Share of the pixels of sub-class i that lie nearest to sub-class j
+    (@eq-transition)."""
     k = len(prototypes)
     counts = torch.zeros(k, k, dtype=torch.long)
     for z, labels in pieces: _count(z, labels, prototypes, per_class, counts)
     sizes = counts.sum(1)
-    counts += torch.diag((sizes == 0).long())  # a sub-class without pixels stays with itself
+    # a sub-class without pixels stays with itself
+    counts += torch.diag((sizes == 0).long())
     return (counts.double() / counts.sum(1, keepdim=True)).float(), sizes
 
 # %% ../nbs/06_subclasses.ipynb #cc494a3b
 class Remembered:
-    "A stream that is read once and then repeated from memory, or read again each time where it does not fit."
+    """A stream that is read once and then repeated from memory, or read again each time
+    where it does not fit."""
     def __init__(self,
-                 open: Callable, # a fresh pass over the stream at each call: pieces, tuples of tensors
+                 # a fresh pass over the stream at each call: pieces, tuples of tensors
+                 open: Callable,
                  memory: int,    # bytes to hold at most
                 ): self.open, self.memory, self.kept = open, memory, None
 
@@ -139,53 +161,72 @@ class Remembered:
         if size <= self.memory: self.kept = kept
 
 # %% ../nbs/06_subclasses.ipynb #842005bb
-def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int, num_classes: Optional[int]) -> tuple:
+def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
+             num_classes: Optional[int]) -> tuple:
     moments = Moments()
     for rows, labels in blocks(pieces): moments.add(rows, labels)
-    counts = np.pad(moments.counts, (0, max(0, (num_classes or 0) - len(moments.counts))))
+    counts = np.pad(moments.counts,
+                    (0, max(0, (num_classes or 0) - len(moments.counts))))
     if (counts > 0).sum() < 2:
-        raise ValueError(f'SubClasses: found rows of one class (label {counts.argmax()}); expected 2 classes or more')
+        raise ValueError('SubClasses: found rows of one class (label '
+                         f'{counts.argmax()}); expected 2 classes or more')
     few = [f'{n} rows of class {y}' for y, n in enumerate(counts) if n < per_class]
-    if few: raise ValueError(f'SubClasses: found {", ".join(few)}; expected at least per_class = {per_class} of each')
+    if few:
+        raise ValueError(f'SubClasses: found {", ".join(few)}; expected at least '
+                         f'per_class = {per_class} of each')
     mean, between, within = moments.scatter()
     directions, values = lda_map(between, within, min(num_dims, len(counts) - 1))
-    tensors = (torch.from_numpy(np.ascontiguousarray(a)).float() for a in (mean, directions, values[:len(counts) - 1]))
+    tensors = (torch.from_numpy(np.ascontiguousarray(a)).float()
+               for a in (mean, directions, values[:len(counts) - 1]))
     return *tensors, len(counts)
 
 # %% ../nbs/06_subclasses.ipynb #34ecf92e
 class SubClasses(Supervision):
-    "Targets that know which parts of classes the teacher confuses: rows of the transition matrix (@eq-transition)."
+    """Targets that know which parts of classes the teacher confuses: rows of the
+    transition matrix (@eq-transition)."""
     def __init__(self,
-                 num_dims: int = 60,                # d at most; 60 in letKD, 8 on CIFAR-10
-                 per_class: int = 8,                # S, sub-classes in each class; 8 in letKD
-                 seed: int = 0,                     # of K-means' start, and of the sample where one is needed
+                 num_dims: int = 60, # d at most; 60 in letKD, 8 on CIFAR-10
+                 per_class: int = 8, # S, sub-classes in each class; 8 in letKD
+                 # of K-means' start, and of the sample where one is needed
+                 seed: int = 0,
                  max_iter: int = 50,                # Lloyd iterations in each class
-                 memory: int = 2**30,               # bytes of features to hold, and as many again of z
-                 num_classes: Optional[int] = None, # Y; None: one more than the largest label of the stream
+                 # bytes of features to hold, and as many again of z
+                 memory: int = 2**30,
+                 # Y; None: one more than the largest label of the stream
+                 num_classes: Optional[int] = None,
                 ):
-        super().__init__('mean', 'projection', 'eigenvalues', 'prototypes', 'transition', 'sizes')
+        super().__init__('mean', 'projection', 'eigenvalues', 'prototypes',
+                         'transition', 'sizes')
         self.num_dims, self.per_class, self.seed = num_dims, per_class, seed
         self.max_iter, self.memory, self.num_classes = max_iter, memory, num_classes
 
     @property
-    def num_templates(self) -> int: self._fitted(); return len(self.prototypes) # K = Y*S
-    def extra_repr(self) -> str: return f'num_dims={self.num_dims}, per_class={self.per_class}'
+    def num_templates(self) -> int:
+        self._fitted(); return len(self.prototypes) # K = Y*S
+    def extra_repr(self) -> str:
+        return f'num_dims={self.num_dims}, per_class={self.per_class}'
 
 # %% ../nbs/06_subclasses.ipynb #73629bf4
 @patch
-def fit(self: SubClasses, stream: Iterable): # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
+def fit(self: SubClasses, stream: Iterable):
+    # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
     if iter(stream) is stream:
-        raise TypeError('SubClasses.fit: found an iterator, readable once; expected a list or letkd.taps.stream')
-    pieces = Remembered(lambda: checked(stream, True, self.num_classes, 'teacher features'), self.memory)
-    mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims, self.per_class, self.num_classes)
+        raise TypeError('SubClasses.fit: found an iterator, readable once; expected a '
+                        'list or letkd.taps.stream')
+    pieces = Remembered(lambda: checked(stream, True, self.num_classes,
+                                        'teacher features'), self.memory)
+    mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims,
+                                                      self.per_class, self.num_classes)
     def projected():
         for rows, labels in blocks(pieces):
             with one_thread(): z = _project(rows.double(), mean, projection).float()
             yield z, labels
     z, labels = sample(projected(), self.memory, self.seed)
-    prototypes = split_classes(z, labels, classes, self.per_class, self.max_iter, self.seed)
+    prototypes = split_classes(z, labels, classes, self.per_class, self.max_iter,
+                               self.seed)
     self.transition, sizes = transition_matrix(projected(), prototypes, self.per_class)
-    self.mean, self.projection, self.eigenvalues, self.prototypes = mean, projection, eigenvalues, prototypes
+    self.mean, self.projection = mean, projection
+    self.eigenvalues, self.prototypes = eigenvalues, prototypes
     self.sizes = sizes.view(classes, self.per_class)
     return self
 
@@ -206,11 +247,13 @@ def assign(self: SubClasses,
            rows: Tensor,                    # N x C
            labels: Optional[Tensor] = None, # N classes
           ) -> Tensor:                      # N sub-classes
-    "The nearest sub-class of the pixel's own class (h1), or without labels the nearest of all (h2)."
+    """The nearest sub-class of the pixel's own class (h1), or without labels the
+    nearest of all (h2)."""
     z = self.project(rows)
     if labels is None: return _nearest(z, self.prototypes)
     _check_labels(labels, len(rows), len(self.sizes), 'SubClasses')
-    return _nearest_own(z, labels.to(rows.device).long(), self.prototypes, self.per_class)
+    return _nearest_own(z, labels.to(rows.device).long(), self.prototypes,
+                        self.per_class)
 
 @patch
 def target(self: SubClasses,
@@ -219,7 +262,9 @@ def target(self: SubClasses,
           ) -> TableTarget:                 # N x K
     "M[h1(t_n, y_n)], for a batch."
     self._fitted(rows, None if self.mean is None else len(self.mean))
-    if labels is None: raise ValueError('SubClasses.target: found no labels; expected one for each row')
+    if labels is None:
+        raise ValueError('SubClasses.target: found no labels; expected one for '
+                         'each row')
     return TableTarget(self.assign(rows, labels), self.transition)
 
 # %% ../nbs/06_subclasses.ipynb #c774b495
@@ -227,34 +272,45 @@ def target(self: SubClasses,
 def class_of(self: SubClasses) -> Tensor: # K integers
     "The class of each sub-class."
     self._fitted()
-    return torch.arange(len(self.prototypes), device=self.prototypes.device) // self.per_class
+    return torch.arange(len(self.prototypes),
+                        device=self.prototypes.device) // self.per_class
 
 @patch(as_prop=True)
 def flatness(self: SubClasses) -> Tensor: # K numbers
-    "Perplexity of each row of M: 1 for a part no other class has, K for one that all share."
+    """Perplexity of each row of M: 1 for a part no other class has, K for one that all
+    share."""
     self._fitted()
     return torch.special.entr(self.transition).sum(1).exp()
 
 @patch
 def names(self: SubClasses,
-          classes: Optional[list] = None, # names of the classes; their numbers where None
+          # names of the classes; their numbers where None
+          classes: Optional[list] = None,
          ) -> list:                       # K names, such as 'deer 3'
     "A name for each sub-class."
     y = self.class_of.tolist()
-    return [f'{classes[c] if classes else c} {i % self.per_class}' for i, c in enumerate(y)]
+    return [f'{classes[c] if classes else c} {i % self.per_class}' for i,
+            c in enumerate(y)]
 
 # %% ../nbs/06_subclasses.ipynb #4e3e2291
 @patch
 def _conflict(self: SubClasses, found: dict) -> str:
-    shapes = dict(mean='C', projection='Cd', eigenvalues='E', prototypes='Kd', transition='KK', sizes='YS')
+    shapes = dict(mean='C', projection='Cd', eigenvalues='E', prototypes='Kd',
+                  transition='KK', sizes='YS')
     if wrong := misfits(found, ('sizes',), **shapes): return wrong
-    if (k := len(found['prototypes'])) != found['sizes'].numel(): return f'found {k} prototypes and {found["sizes"].numel()} sizes'
-    if found['transition'].min() < 0 or (found['transition'].sum(1) - 1).abs().max() > 1e-3: return 'found a transition whose rows are no probabilities'
+    if (k := len(found['prototypes'])) != found['sizes'].numel():
+        return f'found {k} prototypes and {found["sizes"].numel()} sizes'
+    rows = found['transition']
+    if rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:
+        return 'found a transition whose rows are no probabilities'
     (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]
     expected = min(self.num_dims, len(found['eigenvalues']))
     if per_class != self.per_class:
-        return f'found {per_class} sub-classes per class; expected per_class = {self.per_class}'
-    if dims != expected: return f'found {dims} dimensions; expected {expected} for num_dims = {self.num_dims}'
+        return (f'found {per_class} sub-classes per class; expected per_class = '
+                f'{self.per_class}')
+    if dims != expected:
+        return (f'found {dims} dimensions; expected {expected} for num_dims = '
+                f'{self.num_dims}')
     if classes != (self.num_classes or classes):
         return f'found {classes} classes; expected num_classes = {self.num_classes}'
     return ''

@@ -20,10 +20,12 @@ from torch import Tensor, fx, nn
 
 # %% ../nbs/taps.ipynb #1c033915
 def _split(tap: str):
-    "`'layer3:input'` is `('layer3', True)`, `'layer3'` is `('layer3', False)`; without what stands behind `@`."
+    """`'layer3:input'` is `('layer3', True)`, `'layer3'` is `('layer3', False)`; without what
+    stands behind `@`."""
     path, colon, side = tap.partition('@')[0].partition(':')
     if colon and side != 'input':
-        raise ValueError(f"tap {tap!r} ends in ':{side}'; a tap is a module path, or a module path and ':input'")
+        raise ValueError(f"tap {tap!r} ends in ':{side}'; a tap is a module path, or a module path "
+                         f"and ':input'")
     return path, bool(colon)
 
 # %% ../nbs/taps.ipynb #8d912475
@@ -43,27 +45,32 @@ def is_exported(model: nn.Module) -> bool: # any network
 
 def _closed(model):
     "Why the maps of a network cannot be reached; empty where they can."
-    if isinstance(model, torch.jit.ScriptModule): return 'was scripted or traced, which runs past every hook'
+    if isinstance(model, torch.jit.ScriptModule):
+        return 'was scripted or traced, which runs past every hook'
     if is_exported(model): return 'was exported, which leaves no modules in it'
     if isinstance(getattr(model, '_orig_mod', None), nn.Module):
-        return 'was compiled, and a compiler runs past hooks that come later; here is the network itself: model._orig_mod'
+        return ('was compiled, and a compiler runs past hooks that come later; here is the network '
+                'itself: model._orig_mod')
     return '' if any(True for _ in model.children()) else 'has no modules in it'
 
 # %% ../nbs/taps.ipynb #530e042d
 def resolve(
     model: nn.Module, # any network
-    tap: str          # a module path as `named_modules()` prints it; `':input'` and a layout may follow
+    tap: str # a module path as `named_modules()` prints it; `':input'` and a layout may follow
 ) -> nn.Module:       # the module at that path
     "The module that a tap names."
     path, at_input = _split(tap)
-    if path and (why := _closed(model)): raise ValueError(f'tap {tap!r}: {type(model).__name__} {why}')
+    if path and (why := _closed(model)):
+        raise ValueError(f'tap {tap!r}: {type(model).__name__} {why}')
     try: module = model.get_submodule(path)
     except AttributeError:
         known = [name for name, m in model.named_modules() if name and _is_called(m)]
         near = difflib.get_close_matches(path, known, n=4, cutoff=0.4) or known
-        raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: {_names(near)}') from None
+        raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: '
+                       f'{_names(near)}') from None
     if getattr(module, 'hidden', None) == ('input' if at_input else 'output'):
-        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer before it, and this map is another now; '
+        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer '
+                         'before it, and this map is another now; '
                          f'name the tap when folding: inference_form(model, taps=[{tap!r}])')
     if _is_called(module): return module
     members = [f'{path}.{name}'.lstrip('.') for name, _ in module.named_children()]
@@ -84,7 +91,8 @@ class Layout:
     "How the places of a map lie in a tensor; `str` gives what stands behind `@`."
     last: bool = False         # are the channels the last dimension?
     prefix: int = 0            # tokens before the places
-    grid: tuple | None = None  # (h, w) of places in one dimension, or their proportions; None: two dimensions
+    # (h, w) of places in one dimension, or their proportions; None: two dimensions
+    grid: tuple | None = None
 
     def __str__(self):
         if self.grid is None: return 'BHWC' if self.last else 'BCHW'
@@ -100,7 +108,8 @@ def _layout(tap: str) -> Layout | None:
     if found := re.fullmatch(r'(BC)?(?:(\d+)\+)?([1-9]\d*)x([1-9]\d*)', spec):
         first, prefix, h, w = found.groups()
         return Layout(not first, int(prefix or 0), (int(h), int(w)))
-    raise ValueError(f"tap {tap!r}: found {spec!r} behind '@'; expected a layout, such as BCHW, BHWC, 14x14, "
+    raise ValueError(f"tap {tap!r}: found {spec!r} behind '@'; expected a layout, such as BCHW, "
+                     f"BHWC, 14x14, "
                      '1+14x14 (one token before 14 x 14 places), BC14x14 (channels first) or raw')
 
 # %% ../nbs/taps.ipynb #4078c6c3
@@ -108,7 +117,8 @@ def _describe(value):
     "What was found where a tensor was expected, in a few words."
     if isinstance(value, Tensor): return f'tensor {" x ".join(map(str, value.shape))}'
     if isinstance(value, dict): return f'{type(value).__name__} with {_names(value)}'
-    if isinstance(value, (tuple, list)): return f'{type(value).__name__} of ({", ".join(map(_describe, value))})'
+    if isinstance(value, (tuple, list)):
+        return f'{type(value).__name__} of ({", ".join(map(_describe, value))})'
     return type(value).__name__
 
 # %% ../nbs/taps.ipynb #de05cad7
@@ -118,8 +128,10 @@ def _grid_for(layout: Layout, x: Tensor) -> tuple | None:
     grid = layout.grid and _proportional(places, layout.grid)
     if x.ndim == (4 if layout.grid is None else 3) and (grid or layout.grid is None): return grid
     raise ValueError(f'layout {layout}: found a {_describe(x)}; expected ' + (
-        'four dimensions' if layout.grid is None else f'three, with {layout.prefix} + n places where n has the '
-        f'proportions of {layout.grid[0]} x {layout.grid[1]}. Another image size may need another layout'))
+        'four dimensions' if layout.grid is None else
+        f'three, with {layout.prefix} + n places where n has the '
+        f'proportions of {layout.grid[0]} x {layout.grid[1]}. '
+        'Another image size may need another layout'))
 
 # %% ../nbs/taps.ipynb #a45b25e8
 @patch
@@ -130,7 +142,8 @@ def to_map(self: Layout, x: Tensor) -> Tensor: # B x C x H x W, a view of `x`
     return x if grid is None else x[:, :, self.prefix:].unflatten(2, grid)
 
 @patch
-def from_map(self: Layout, y: Tensor, x: Tensor) -> Tensor: # `y`, a map B x C x H x W, in the layout of `x`
+def from_map(self: Layout, y: Tensor, x: Tensor
+            ) -> Tensor: # `y`, a map B x C x H x W, in the layout of `x`
     "The way back; what stands before the places is taken from `x`."
     if self.grid: y = y.flatten(2)
     if self.last: y = y.movedim(1, -1)
@@ -142,7 +155,8 @@ def from_map(self: Layout, y: Tensor, x: Tensor) -> Tensor: # `y`, a map B x C x
 
 # %% ../nbs/taps.ipynb #1b6dd85a
 def _one_tensor(value, place):
-    if isinstance(value, (Tensor, fx.Proxy)): return value  # a placeholder, where torch.fx writes down the network
+    if isinstance(value, (Tensor, fx.Proxy)):
+        return value  # a placeholder, where torch.fx writes down the network
     raise TypeError(f'{place} should be one tensor, found {_describe(value)}; '
                     'use a module that takes or gives one tensor: a child of this one, or the next')
 
@@ -153,8 +167,10 @@ class _Maps:
 
     def keep(self, tap, x):
         if tap in self.found:
-            raise RuntimeError(f'tap {tap!r} was reached twice: its {type(self.modules[tap]).__name__} is called more '
-                               'than once, or the model ran twice in one `with`; tap a module that is called once, '
+            raise RuntimeError(f'tap {tap!r} was reached twice: its '
+                               f'{type(self.modules[tap]).__name__} is called more '
+                               'than once, or the model ran twice in one `with`; tap a module that '
+                               'is called once, '
                                "such as the one around it or the next one's ':input'")
         if x.is_inference():
             with torch.inference_mode(False): x = x.clone()
@@ -162,22 +178,27 @@ class _Maps:
 
     def check(self):
         if lost := [tap for tap in self.modules if tap not in self.found]:
-            raise RuntimeError(f'taps not reached: {_names(lost)}; the model did not run in the `with`, does not call '
-                               'these modules itself, or was compiled before')
+            raise RuntimeError(f'taps not reached: {_names(lost)}; the model did not run in the '
+                               '`with`, does not call these modules itself, or was compiled before')
         if changed := [tap for tap, x in self.found.items() if x._version != self.versions[tap]]:
-            raise RuntimeError(f'maps overwritten after their tap: {_names(changed)}; an operation in place follows, '
-                               'such as nn.ReLU(inplace=True) or +=; tap the module after it, or set inplace=False')
+            raise RuntimeError(f'maps overwritten after their tap: {_names(changed)}; an operation '
+                               'in place follows, '
+                               'such as nn.ReLU(inplace=True) or +=; tap the module after it, or '
+                               'set inplace=False')
 
 # %% ../nbs/taps.ipynb #256514b1
 def _watch(module, tap, keep):
-    "Call `keep` with what passes the tap; where the tap names a layout, with the map B x C x H x W."
+    """Call `keep` with what passes the tap; where the tap names a layout, with the map B x C x H x
+    W."""
     layout = _layout(tap)
     def see(x):
         x = _one_tensor(x, f'what passes tap {tap!r}')
         try: keep(tap, x if layout is None else layout.to_map(x))
         except ValueError as error: raise ValueError(f'tap {tap!r}: {error}') from None
-    if not _split(tap)[1]: return module.register_forward_hook(lambda module, args, output: see(output))
-    return module.register_forward_pre_hook(lambda module, args: see(args[0] if args else None), prepend=True)
+    if not _split(tap)[1]:
+        return module.register_forward_hook(lambda module, args, output: see(output))
+    return module.register_forward_pre_hook(lambda module, args: see(args[0] if args else None),
+                                            prepend=True)
 
 @contextmanager
 def capture(
@@ -208,7 +229,9 @@ def compiled_capture(
     def run(x):
         maps.clear()
         return model(x), dict(maps)
-    run.__code__ = run.__code__.replace()  # graphs are kept with the code: one of another network, with other hooks, would be taken for this one's
+    # graphs are kept with the code: one of another network, with other hooks, would be taken for
+    # this one's
+    run.__code__ = run.__code__.replace()
     return torch.compile(run, **options)
 
 # %% ../nbs/taps.ipynb #248666dd
@@ -218,7 +241,8 @@ def _after(module, args, output):
     return getattr(module, _OUTPUT)(_one_tensor(output, f'the output of {type(module).__name__}'))
 
 def _before(module, args):
-    x = _one_tensor(args[0] if args else None, f'the first positional input of {type(module).__name__}')
+    x = _one_tensor(args[0] if args else None, 'the first positional input of '
+                    f'{type(module).__name__}')
     return getattr(module, _INPUT)(x), *args[1:]
 
 # %% ../nbs/taps.ipynb #2ce3d0de
@@ -232,7 +256,8 @@ def _words(kind, code, seen):
     "Add the names that a method uses, and what the methods of its class use that it names."
     for name in set(code.co_names) - seen:
         seen.add(name)
-        method = None if hasattr(nn.Module, name) else getattr(getattr(kind, name, None), '__code__', None)
+        method = None if hasattr(nn.Module, name) else getattr(getattr(kind, name, None),
+                                                               '__code__', None)
         if method: _words(kind, method, seen)
     for inner in code.co_consts:
         if hasattr(inner, 'co_names'): _words(kind, inner, seen)
@@ -241,8 +266,10 @@ def _words(kind, code, seen):
 def _lists_children(module):
     "Could its `forward` run every child that it finds?"
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)): return True
-    forwards = [vars(k).get('forward') for k in (module, *type(module).__mro__) if k not in (nn.Module, object)]
-    return any(_LISTS & _words(type(module), f.__code__, set()) for f in forwards if hasattr(f, '__code__'))
+    forwards = [vars(k).get('forward') for k in (module, *type(module).__mro__)
+                if k not in (nn.Module, object)]
+    return any(_LISTS & _words(type(module), f.__code__, set()) for f in forwards
+               if hasattr(f, '__code__'))
 
 def _step_aside(module, args):
     for name in (_OUTPUT, _INPUT):
@@ -254,7 +281,8 @@ def _step_back(module, args, output):
 
 # %% ../nbs/taps.ipynb #61968451
 def _attach(module, name):
-    "The hooks that make a child work, in the order in which they must run; none for an `nn.Sequential`."
+    """The hooks that make a child work, in the order in which they must run; none for an
+    `nn.Sequential`."""
     if _is_sequential(module): return []
     hooks = []
     if name == _INPUT: hooks.append(module.register_forward_pre_hook(_before, prepend=True))
@@ -283,7 +311,8 @@ class Inserted:
 # %% ../nbs/taps.ipynb #04cb873e
 class Placed(nn.Module):
     "A layer of maps B x C x H x W among tensors of another layout."
-    def __init__(self, layer: nn.Module, layout: Layout): # takes and gives maps; how they lie in the tensors
+    def __init__(self, layer: nn.Module, layout: Layout):
+        # takes and gives maps; how they lie in the tensors
         super().__init__()
         self.layer, self.layout = layer, layout
 
@@ -294,13 +323,16 @@ class Placed(nn.Module):
 def insert(
     model: nn.Module, # any network; it is changed
     tap: str,         # where; a layout behind `@` is that of what passes there
-    layer: nn.Module  # takes one tensor, gives one tensor; its device, type and mode are left as they are
+    # takes one tensor, gives one tensor; its device, type and mode are left as they are
+    layer: nn.Module
 ) -> Inserted:        # `.remove()` undoes it
-    "Send every map that passes the tap through a layer, which becomes a child of the tapped module."
+    """Send every map that passes the tap through a layer, which becomes a child of the tapped
+    module."""
     module, (_, at_input) = resolve(model, tap), _split(tap)
     name = _INPUT if at_input else _OUTPUT
     if hasattr(module, name):
-        raise ValueError(f'tap {tap!r} already has a {type(getattr(module, name)).__name__}; remove it first')
+        raise ValueError(f'tap {tap!r} already has a '
+                         f'{type(getattr(module, name)).__name__}; remove it first')
     others, layout = list(module._modules), _layout(tap)
     module.add_module(name, layer if layout is None else Placed(layer, layout))
     if at_input:  # first among the children: an nn.Sequential executes them in order
@@ -310,13 +342,15 @@ def insert(
 # %% ../nbs/taps.ipynb #acd28082
 class Replaced:
     "What `replace` returns: the way back."
-    def __init__(self, model: nn.Module, path: str, old: nn.Module): # where; the path; what was there
+    def __init__(self, model: nn.Module, path: str, old: nn.Module # where; the path; what was there
+                ):
         self.model, self.path, self.old = model, path, old
 
     def remove(self):
         "Put the old module back; a second call does nothing."
         if self.old is None: return
-        weights = [*self.model.get_submodule(self.path).parameters(), *self.model.parameters()]  # an identity has none
+        # an identity has none
+        weights = [*self.model.get_submodule(self.path).parameters(), *self.model.parameters()]
         _put(self.model, self.path, self.old.to(weights[0]) if weights else self.old)
         self.old = None
 
@@ -334,7 +368,9 @@ def replace(model: nn.Module, # any network; it is changed
     return Replaced(model, path, old)
 
 # %% ../nbs/taps.ipynb #04bb1431
-_PREFIX = 5  # tokens that may stand before the places where nobody says how many: one for the class, four registers
+# tokens that may stand before the places where nobody says how many: one for the class, four
+# registers
+_PREFIX = 5
 
 # %% ../nbs/taps.ipynb #bf48e989
 def grid_of(
@@ -342,11 +378,15 @@ def grid_of(
 ) -> tuple:    # (h, w) in places
     "Height and width of a map, or of the square of patches among the tokens."
     if x.ndim == 4: return tuple(x.shape[2:])
-    if x.ndim != 3: raise ValueError(f'expected a map B x C x H x W or tokens B x N x C, found a {_describe(x)}')
+    if x.ndim != 3:
+        raise ValueError('expected a map B x C x H x W or tokens B x N x C, found a '
+                         f'{_describe(x)}')
     side = math.isqrt(x.shape[1])
     if x.shape[1] - side**2 <= _PREFIX: return side, side
-    raise ValueError(f'{x.shape[1]} tokens: a {side} x {side} square leaves {x.shape[1] - side**2}, more than class '
-                     f'and register tokens (at most {_PREFIX}). Name the layout behind the tap, such as '
+    raise ValueError(f'{x.shape[1]} tokens: a {side} x {side} square leaves '
+                     f'{x.shape[1] - side**2}, more than class '
+                     f'and register tokens (at most {_PREFIX}). Name the layout behind the '
+                     'tap, such as '
                      "'blocks.11@1+16x8' for one token before 16 x 8 places")
 
 # %% ../nbs/taps.ipynb #5e3358cf
@@ -375,20 +415,25 @@ def rows(
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 # %% ../nbs/taps.ipynb #94f096dd
-def _image_size(images: Tensor) -> tuple: return tuple(images.shape[2:]) if images.ndim == 4 else (1, images.shape[-1])
+def _image_size(images: Tensor) -> tuple:
+    return tuple(images.shape[2:]) if images.ndim == 4 else (1, images.shape[-1])
 
 def _shrunk(grid, size) -> bool:
-    "Could a grid be an image of this size, made smaller alike in both directions, give or take a place?"
+    """Could a grid be an image of this size, made smaller alike in both directions, give or take a
+    place?"""
     most = [n / (g - 1) if g > 1 else math.inf for g, n in zip(grid, size)]
     return max(n / (g + 1) for g, n in zip(grid, size)) <= min(most)
 
 def _readings(shape, size, declared: int | None) -> list:
     "The layouts in which a tensor can hold the map of an image of this size."
     if len(shape) == 4:
-        return [Layout(last) for last in (False, True) if _shrunk(shape[1:3] if last else shape[2:], size)]
-    prefixes = (declared, 0) if declared else (0,) if declared == 0 or size[0] == 1 else range(_PREFIX + 1)
+        return [Layout(last) for last in (False, True)
+                if _shrunk(shape[1:3] if last else shape[2:], size)]
+    prefixes = ((declared, 0) if declared else (0,) if declared == 0 or size[0] == 1
+                else range(_PREFIX + 1))
     grids = {p: _proportional(shape[1] - p, size) for p in prefixes if shape[1] > (declared or 0)}
-    tokens = [Layout(True, p, g) for p, g in grids.items() if g and (p == declared or p < math.prod(g))]
+    tokens = [Layout(True, p, g) for p, g in grids.items() if g
+              and (p == declared or p < math.prod(g))]
     channels_first = _proportional(shape[2], size)
     return tokens + ([Layout(False, 0, channels_first)] if channels_first else [])
 
@@ -399,7 +444,8 @@ _TOKENS = {'class_token', 'cls_token', 'dist_token', 'distillation_token',
 def _declared(model) -> int | None:
     "How many tokens a network puts before its patches; None where it does not say."
     if isinstance(count := getattr(model, 'num_prefix_tokens', None), int): return count
-    counts = [p.numel() // p.shape[-1] for path, p in model.named_parameters() if path.rpartition('.')[2] in _TOKENS]
+    counts = [p.numel() // p.shape[-1] for path, p in model.named_parameters()
+              if path.rpartition('.')[2] in _TOKENS]
     return sum(counts) if counts else None
 
 # %% ../nbs/taps.ipynb #5c1e0c02
@@ -410,9 +456,12 @@ def one_class(
     if labels.ndim == 1: return labels
     own = F.one_hot(labels.argmax(1), labels.shape[1]).bool()
     rest = labels[~own].view(len(labels), -1)
-    if labels[own].min() > .5 and (rest.amax(1) - rest.amin(1)).max() < 1e-3: return labels.argmax(1)
-    raise ValueError('labels: found images that are mixed from several classes; expected one class for each. '
-                     'Supervisions are fitted on images as they are: pass a loader without mixup and CutMix')
+    if labels[own].min() > .5 and (rest.amax(1) - rest.amin(1)).max() < 1e-3:
+        return labels.argmax(1)
+    raise ValueError('labels: found images that are mixed from several classes; expected one class '
+                     'for each. '
+                     'Supervisions are fitted on images as they are: pass a loader without mixup '
+                     'and CutMix')
 
 # %% ../nbs/taps.ipynb #aaff4a5e
 @contextmanager
@@ -426,20 +475,24 @@ def evaluating(model): # any network
 
 # %% ../nbs/taps.ipynb #0341ebb2
 def _enlarged(model, tap, images) -> tuple:
-    "(shape of the map of an image of twice the size, that size); (None, None) where the network takes no such image."
+    """(shape of the map of an image of twice the size, that size); (None, None) where the network
+    takes no such image."""
     image, shapes = images[:1].repeat(1, 1, *[2] * (images.ndim - 2)), {}
     try:
         with evaluating(model), capture(model, f'{tap}@raw') as maps: model(image)
     except Exception: pass  # what comes behind the tap may want the usual size
-    return (x.shape, _image_size(image)) if (x := maps.get(f'{tap}@raw')) is not None else (None, None)
+    return ((x.shape, _image_size(image)) if (x := maps.get(f'{tap}@raw')) is not None
+            else (None, None))
 
 def _grows(layout: Layout, small, large) -> bool:
     "Has the larger image more places and the same channels in this layout?"
     channels = len(small) - 1 if layout.last else 1
-    return all(a == b if i == channels else a < b for i, (a, b) in enumerate(zip(small, large)) if i)
+    return all(a == b if i == channels else a < b for i,
+               (a, b) in enumerate(zip(small, large)) if i)
 
 def _normalises(model, shape) -> bool:
-    "Is there a layer norm over the last dimension of this shape, which is told from the others by its length?"
+    """Is there a layer norm over the last dimension of this shape, which is told from the others by
+    its length?"""
     norms = [tuple(getattr(m, 'normalized_shape', ())) for m in model.modules()]
     return shape[-1] not in shape[1:-1] and any(n[-1:] == shape[-1:] for n in norms)
 
@@ -451,8 +504,8 @@ def find_layout(
     images: Tensor    # B x 3 x H x W, or signals B x C x L: the input of that pass
 ) -> Layout:          # in which `x` holds the map
     "How a map lies in its tensor, or the error that says how to name it."
-    if x.ndim not in (3, 4): raise ValueError(f'tap {tap!r}: expected a map B x C x H x W or tokens B x N x C, '
-                                              f'found a {_describe(x)}')
+    if x.ndim not in (3, 4): raise ValueError(f'tap {tap!r}: expected a map B x C x H x W '
+                                              f'or tokens B x N x C, found a {_describe(x)}')
     size, declared = _image_size(images), _declared(model)
     readings = _readings(x.shape, size, declared) if len(x) == len(images) else []
     if readings == [Layout()]: return readings[0]
@@ -463,7 +516,8 @@ def find_layout(
     elif x.ndim == 4: left = [r for r in (Layout(), Layout(True)) if _grows(r, x.shape, shape)]
     else:
         places = lambda r: shape[1 if r.last else 2] - r.prefix
-        left = [r for r in readings if _grows(r, x.shape, shape) and _proportional(places(r), larger)]
+        left = [r for r in readings if _grows(r, x.shape, shape)
+                and _proportional(places(r), larger)]
     if len(left) == 1 and len(x) == len(images): return left[0]
     raise ValueError(_unclear(tap, x, len(images), size, readings))
 
@@ -474,7 +528,8 @@ def _unclear(tap, x, count, size, readings) -> str:
     if len(x) != count: could = 'none, its first dimension is not the images'
     return (f'tap {tap!r}: found a {_describe(x)} for {count} images of {size[0]} x {size[1]}; '
             f"its layout could be {could}. Name it behind the tap: '{tap}@BCHW', '{tap}@BHWC', "
-            f"'{tap}@1+16x8' for tokens with one before 16 x 8 places, '{tap}@BC16x8' for channels first; or tap another module")
+            f"'{tap}@1+16x8' for tokens with one before 16 x 8 places, '{tap}@BC16x8' for channels "
+            f"first; or tap another module")
 
 # %% ../nbs/taps.ipynb #3cfc8ca3
 def as_maps(
@@ -482,7 +537,7 @@ def as_maps(
     found: dict,              # {tap: what passed there}, as `capture` fills it
     images: Tensor,           # the input of that pass
     known: dict | None = None # layouts found before, to be kept between calls
-) -> dict:                    # {tap: B x C x H x W}; vectors B x C, and taps that name a layout, as they are
+) -> dict: # {tap: B x C x H x W}; vectors B x C, and taps that name a layout, as they are
     "Captured maps in the layout in which they are compared."
     known, maps = {} if known is None else known, {}
     for tap, x in found.items():
@@ -495,23 +550,24 @@ def as_maps(
 
 # %% ../nbs/taps.ipynb #5c1e0b02
 _KEYS = dict(images=('images', 'image', 'pixel_values', 'img', 'inputs', 'input', 'x'),
-             labels=('labels', 'label', 'targets', 'target', 'y'), index=('index', 'indices', 'idx'))
+             labels=('labels', 'label', 'targets', 'target', 'y'),
+             index=('index', 'indices', 'idx'))
 
 def _entry(batch, part):
     "The images, labels or index of a dictionary."
     found = [key for key in _KEYS[part] if key in batch]
     if len(found) == 1: return batch[found[0]]
     if part == 'index' and not found: return None
-    raise ValueError(f'batch: found {_describe(batch)}; expected one entry for the {part}, under one of '
-                     f'{_names(_KEYS[part], 9)}; or pass the pair (images, labels)')
+    raise ValueError(f'batch: found {_describe(batch)}; expected one entry for the {part}, '
+                     f'under one of {_names(_KEYS[part], 9)}; or pass the pair (images, labels)')
 
 def _as_tensor(x, part):
     if isinstance(x, Tensor): return x
     tensors = isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], Tensor)
     try: return torch.stack(list(x)) if tensors else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise TypeError(f'{part}: found {_describe(x)}; expected a tensor, an array, or a list of numbers or of tensors '
-                        f'of one shape ({e})') from None
+        raise TypeError(f'{part}: found {_describe(x)}; expected a tensor, an array, or a list of '
+                        f'numbers or of tensors of one shape ({e})') from None
 
 # %% ../nbs/taps.ipynb #5c1e0b03
 def _as_labels(y, look):
@@ -520,10 +576,12 @@ def _as_labels(y, look):
     if whole and y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
     if whole and y.ndim == 1: return y.long()
     if y.is_complex() or y.ndim != 2 or y.shape[1] == 1:
-        raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, or B x Y shares of the classes')
+        raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, or B '
+                         'x Y shares of the classes')
     asked = whole or look or y.device.type == 'cpu'
     if asked and not (((y >= 0) & (y <= 1)).all() and (y.sum(1) - 1).abs().max() < 1e-2):
-        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected numbers from 0 to 1 that '
+        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected '
+                         'numbers from 0 to 1 that '
                          'sum to 1 in each row. Is it more than one class for each image?')
     return y.to(torch.uint8).argmax(1) if whole else y
 
@@ -531,25 +589,30 @@ def _as_index(x, count):
     "Places in a data set, or None if a third item is something else."
     try: x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError): return None
-    if x.shape != (count,) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool: return None
+    if x.shape != (count,) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        return None
     return x.long()
 
 # %% ../nbs/taps.ipynb #5c1e0b04
 def unpack(
-    batch,              # (images, labels), (images, labels, index), more behind; or a dictionary of them
+    batch, # (images, labels), (images, labels, index), more behind; or a dictionary of them
     look: bool = False  # look at the shares of classes on an accelerator too
 ) -> tuple:             # images; labels, B in int64 or B x Y shares; index, B in int64, or None
     "What is in a batch, whatever holds it."
     if isinstance(batch, Mapping): images, labels, index = (_entry(batch, part) for part in _KEYS)
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1: images, labels, index = [*batch, None][:3]
-    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, labels, index) or a '
-                          'dictionary of them')
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        images, labels, index = [*batch, None][:3]
+    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, '
+                          'labels, index) or a dictionary of them')
     images, labels = _as_tensor(images, 'images'), _as_tensor(labels, 'labels')
     if images.ndim < 2 or not len(images):
-        raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x 3 x H x W')
+        raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x '
+                         '3 x H x W')
     if not labels.ndim or len(labels) != len(images):
-        raise ValueError(f'batch: found {len(images)} images and {len(labels) if labels.ndim else 1} labels; expected one for each')
-    return images, _as_labels(labels, look), None if index is None else _as_index(index, len(images))
+        raise ValueError(f'batch: found {len(images)} images and '
+                         f'{len(labels) if labels.ndim else 1} labels; expected one for each')
+    return (images, _as_labels(labels, look), None if index is None
+            else _as_index(index, len(images)))
 
 # %% ../nbs/taps.ipynb #5c1e0b10
 def largest(
@@ -562,22 +625,25 @@ def largest(
 def logits_of(
     out,                       # what a network has returned
     whose: str = 'network',    # for the error
-    output: Callable | None = None # finds the logits in what is no tensor; None: where they are known to be
+    # finds the logits in what is no tensor; None: where they are known to be
+    output: Callable | None = None
 ) -> Tensor:                   # B x Y
     "The logits in what a network returns."
     if isinstance(out, Tensor): return out
     if output is not None: found = output(out)
-    elif isinstance(out, Mapping): found = out.get('logits', next(iter(out.values())) if len(out) == 1 else None)
+    elif isinstance(out, Mapping):
+        found = out.get('logits', next(iter(out.values())) if len(out) == 1 else None)
     elif hasattr(out, 'logits'): found = out.logits
     elif isinstance(out, (tuple, list)):
         heads = [x for x in out if x is not None]
-        alike = all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape for x in heads)
+        alike = all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape
+                    for x in heads)
         found = heads[0] if heads and alike else None
     else: found = None
     if isinstance(found, Tensor): return found
     by = f' and {_describe(found)} by output' if output else ''
-    raise TypeError(f'{whose}: found {_describe(out)} as its output{by}; expected logits. Say where they are, as in '
-                    'output=lambda out: out[1]')
+    raise TypeError(f'{whose}: found {_describe(out)} as its output{by}; expected logits. '
+                    'Say where they are, as in output=lambda out: out[1]')
 
 # %% ../nbs/taps.ipynb #5a54ca07
 @dataclass(frozen=True)
@@ -604,10 +670,12 @@ class _Stream:
 def stream(
     model: nn.Module,          # any network, a teacher as a rule
     tap: str,                  # where its rows come from
-    batches: Iterable,         # anything that can be read again: tuples whose first two items are images and labels
+    # anything that can be read again: tuples whose first two items are images and labels
+    batches: Iterable,
     grid: tuple | None = None  # (h, w) to average every map to
-) -> Iterable:                 # of (rows, labels), one label a row; each `iter()` is a fresh pass; as long as `batches`
+) -> Iterable: # of (rows, labels), one label a row; each `iter()` is a fresh pass
     "The rows of a whole data set, a batch at a time."
     resolve(model, tap)
     if not isinstance(batches, Iterator): return _Stream(model, tap, batches, grid)
-    raise TypeError(f'batches is a {type(batches).__name__}, which can be read only once; pass a list or a loader')
+    raise TypeError(f'batches is a {type(batches).__name__}, which can be read only once; pass a '
+                    'list or a loader')

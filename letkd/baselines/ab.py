@@ -28,15 +28,18 @@ def boundary_loss(s: Tensor,          # the student's values before ReLU
 def before_relu(model: nn.Module, # any network
                 tap: str,         # of a stage, or of a map before a ReLU
                 images: Tensor,   # some images
-               ) -> str:          # the input of the ReLU in which the stage ends; `tap` itself where its map has negative values
+               ) -> str: # the input of the ReLU that ends the stage; or `tap` itself
     "The tap of a stage's values before its ReLU."
-    names = [name for name, m in resolve(model, tap).named_modules() if isinstance(m, (nn.ReLU, nn.ReLU6))] # ':input': none is met
+    # ':input': none is met
+    names = [name for name, m in resolve(model, tap).named_modules()
+             if isinstance(m, (nn.ReLU, nn.ReLU6))]
     last = '.'.join(filter(None, (tap, names[-1]))) if names and not {*':@'} & {*tap} else tap
     with evaluating(model):
         with capture(model, tap) as maps: model(images)
         if (maps[tap] < 0).any(): return tap
         if last != tap and _gives(model, last, images, maps[tap]): return f'{last}:input'
-    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the output of a ReLU that has a name and is called once; '
+    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the '
+                     'output of a ReLU that has a name and is called once; '
                      "tap a module before the ReLU, such as its batch norm, or the ReLU's ':input'")
 
 def _gives(model, relu: str, images, expected: Tensor) -> bool:
@@ -54,20 +57,26 @@ def connector(student: tuple, # (channels, (h, w)) of the student's map, as `Set
     (c_s, s), (c_t, t) = student, teacher
     up, down = ([b // a for a, b in zip(*pair)] for pair in ((s, t), (t, s)))
     if tuple(a * r for a, r in zip(s, up)) == t:
-        conv = nn.ConvTranspose2d(c_s, c_t, [2 * r - r % 2 for r in up], up, [r // 2 for r in up], bias=False)
+        conv = nn.ConvTranspose2d(c_s, c_t, [2 * r - r % 2 for r in up], up, [r // 2 for r in up],
+                                  bias=False)
     elif tuple(a * r for a, r in zip(t, down)) == s:
-        conv = nn.Conv2d(c_s, c_t, [2 * r - 1 for r in down], down, [r - 1 for r in down], bias=False)
-    else: raise ValueError(f"ab: found maps of {s[0]} x {s[1]} places in the student and {t[0]} x {t[1]} in the teacher; "
+        conv = nn.Conv2d(c_s, c_t, [2 * r - 1 for r in down], down, [r - 1 for r in down],
+                         bias=False)
+    else: raise ValueError(f"ab: found maps of {s[0]} x {s[1]} places in the student and {t[0]} x "
+                           f"{t[1]} in the teacher; "
                            'expected one size to be a multiple of the other: pair other stages')
     return nn.Sequential(conv, nn.BatchNorm2d(c_t))
 
 # %% ../../nbs/baselines/ab.ipynb #c94b1904
 class ActivationBoundary(Term):
-    "Squared hinges at the teacher's activation boundaries, in a phase of its own (@eq-ab) [@heo2019ab]."
+    """Squared hinges at the teacher's activation boundaries, in a phase of its own (@eq-ab)
+    [@heo2019ab]."""
     def __init__(self,
-                 stages: tuple,      # pairs (student's tap, teacher's tap) of values before ReLU, in order
+                 # pairs (student's tap, teacher's tap) of values before ReLU, in order
+                 stages: tuple,
                  connectors: list,   # one for each, see `connector`
-                 alone: float = 30 / 240, # share of the training in which nothing else is learnt; 1: all of it
+                 # share of the training in which nothing else is learnt; 1: all of it
+                 alone: float = 30 / 240,
                  margin: float = 1., # µ
                  weight: float = 1., # factor in the total loss
                 ):
@@ -89,15 +98,18 @@ def _map(x: Tensor) -> Tensor: # B x C x h x w, also of tokens, whose class toke
 
 # %% ../../nbs/baselines/ab.ipynb #136f9be3
 def ab(setup: Setup,               # what it is built for
-       boundaries: tuple = STAGES, # pairs (student's tap, teacher's tap) of stages, or of values before ReLU, see `before_relu`
-       alone: float = 30 / 240,    # share of the training in which nothing else is learnt: 30 of 240 epochs
+       # pairs (student's tap, teacher's tap) of stages, or of values before ReLU, see `before_relu`
+       boundaries: tuple = STAGES,
+       # share of the training in which nothing else is learnt: 30 of 240 epochs
+       alone: float = 30 / 240,
        margin: float = 1.,         # µ
        ab_weight: float = 1.,      # as the KD literature's common script
       ) -> list:                   # of terms
     "Activation boundaries [@heo2019ab]; cross-entropy should start where `alone` ends."
     images = setup.first[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
-    taps = [[before_relu(model, tap, images) for tap in side] for (_, model), side in zip(sides, split_pairs(boundaries))]
+    taps = [[before_relu(model, tap, images) for tap in side] for (_, model),
+            side in zip(sides, split_pairs(boundaries))]
     shapes = [[setup.shape(name, tap) for tap in side] for (name, _), side in zip(sides, taps)]
     connectors = [connector(s, t) for s, t in zip(*shapes)]
     return [ActivationBoundary(tuple(zip(*taps)), connectors, alone, margin, ab_weight)]

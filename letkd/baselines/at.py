@@ -14,14 +14,17 @@ from ..matching import precise, unit
 from ..taps import grid_of, rows
 
 # %% ../../nbs/baselines/at.ipynb #198bd737
-STAGES = tuple((f'layer{i}', f'layer{i}') for i in (1, 2, 3))  # (student's tap, teacher's tap) of each stage of a CIFAR ResNet
+# (student's tap, teacher's tap) of each stage of a CIFAR ResNet
+STAGES = tuple((f'layer{i}', f'layer{i}') for i in (1, 2, 3))
 
 def split_pairs(stages: tuple # of pairs (student's tap, teacher's tap)
                ) -> tuple:    # (student's taps, teacher's taps)
     "What a `Term` declares, from pairs of taps."
-    if not isinstance(stages, str) and len(stages) and all(not isinstance(s, str) and len(s) == 2 for s in stages):
+    if not isinstance(stages, str) and len(stages) and all(not isinstance(s, str) and len(s) == 2
+                                                           for s in stages):
         return tuple(zip(*stages))
-    raise ValueError(f"stages: found {stages!r}; expected pairs of taps, such as (('layer1', 'layer1'), ('layer2', 'block2'))")
+    raise ValueError(f"stages: found {stages!r}; expected pairs of taps, such as (('layer1', "
+                     f"'layer1'), ('layer2', 'block2'))")
 
 # %% ../../nbs/baselines/at.ipynb #308b9233
 def paired_rows(a: Tensor,  # map B x C x H x W, or tokens B x N x C
@@ -50,7 +53,8 @@ class AttentionTransfer(Term):
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         loss = 0.
         for s, t in zip(self.student_taps, self.teacher_taps):
-            q_s, q_t = (attention(x, len(batch.labels)) for x in paired_rows(maps.student[s], maps.teacher[t]))
+            q_s, q_t = (attention(x, len(batch.labels))
+                        for x in paired_rows(maps.student[s], maps.teacher[t]))
             loss = loss + (q_s - q_t).square().mean()
         return loss
 

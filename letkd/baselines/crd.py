@@ -37,7 +37,8 @@ def _from_all(x: Tensor) -> Tensor: # the rows of every process, this one's alon
 
 # %% ../../nbs/baselines/crd.ipynb #b31a7a72
 class Bank(nn.Module):
-    "What is remembered of each training image (@eq-momentum). Everything is a buffer, so checkpoints have it."
+    """What is remembered of each training image (@eq-momentum). Everything is a buffer, so
+    checkpoints have it."""
     def __init__(self,
                  places: int,             # N, images in the training set
                  dims: int = 128,         # D
@@ -45,7 +46,8 @@ class Bank(nn.Module):
                  momentum: float = .5,    # m
                 ):
         super().__init__()
-        self.temperature, self.momentum, bound = temperature, momentum, (3 / dims)**.5  # rows of about length 1
+        # rows of about length 1
+        self.temperature, self.momentum, bound = temperature, momentum, (3 / dims)**.5
         self.register_buffer('known', torch.empty(places, dims).uniform_(-bound, bound))
         self.register_buffer('log_z', torch.tensor(torch.nan))
 
@@ -77,8 +79,11 @@ class Others(nn.Module):
     def __init__(self, labels: Tensor): # N, of the training images, in the order of their index
         super().__init__()
         count = labels.bincount()
-        if (count > 0).sum() < 2: raise ValueError(f'Others: found {len(labels)} images of one class; expected two classes or more')
-        for name, x in dict(order=labels.argsort(stable=True), first=count.cumsum(0) - count, count=count).items():
+        if (count > 0).sum() < 2:
+            raise ValueError(f'Others: found {len(labels)} images of one class; expected two '
+                             'classes or more')
+        for name, x in dict(order=labels.argsort(stable=True), first=count.cumsum(0) - count,
+                            count=count).items():
             self.register_buffer(name, x, persistent=False)  # the data's, not the training's
 
     def forward(self,
@@ -90,11 +95,14 @@ class Others(nn.Module):
         return self.order[place + count * (place >= first)]
 
 # %% ../../nbs/baselines/crd.ipynb #23e25e26
-def _check_in_order(batches: Iterable, first: Tensor): # the images of the first batch, of a pass before
+def _check_in_order(batches: Iterable, first: Tensor):
+    # the images of the first batch, of a pass before
     "Another pass begins with the same images."
     if unpack(next(iter(batches)))[0].equal(first): return
-    raise ValueError('batches: found other images at the start of another pass and no index, so nobody knows which image is which; '
-                     'expected (images, labels, index), or a loader that neither shuffles nor augments')
+    raise ValueError('batches: found other images at the start of another pass and no index, so '
+                     'nobody knows which image is which; '
+                     'expected (images, labels, index), or a loader that neither shuffles nor '
+                     'augments')
 
 def training_labels(batches: Iterable # of (images, labels) or (images, labels, index)
                    ) -> Tensor:       # N
@@ -109,7 +117,8 @@ def training_labels(batches: Iterable # of (images, labels) or (images, labels, 
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(order), device=order.device)):
         low, high = index.min().item(), index.max().item()
-        raise ValueError(f'batches: found {len(order)} images with indices from {low} to {high}; expected each of 0 to {len(order) - 1} once')
+        raise ValueError(f'batches: found {len(order)} images with indices from {low} to {high}; '
+                         f'expected each of 0 to {len(order) - 1} once')
     return labels[order]
 
 # %% ../../nbs/baselines/crd.ipynb #b64d240c
@@ -128,19 +137,26 @@ class Contrast(Term):
                 ):
         super().__init__('crd', weight, [student_tap], [teacher_tap])
         self.embed_s, self.embed_t = (nn.Linear(c, dims) for c in channels)
-        self.bank_s, self.bank_t = (Bank(len(labels), dims, temperature, momentum) for _ in range(2))
-        self.others, self.num_negatives, self.step = Others(labels), num_negatives, torch.randint(2**31, ()).item()
+        self.bank_s, self.bank_t = (Bank(len(labels), dims, temperature, momentum)
+                                    for _ in range(2))
+        self.others, self.num_negatives, self.step = (Others(labels), num_negatives,
+                                                      torch.randint(2**31, ()).item())
 
     def get_extra_state(self) -> int: return self.step
     def set_extra_state(self, state: int): self.step = state
 
 # %% ../../nbs/baselines/crd.ipynb #8947bbcd
 @patch
-def picks(self: Contrast, batch: Batch) -> Tensor: # B x (1+K), places in the training set; the own image's first
+def picks(self: Contrast, batch: Batch
+         ) -> Tensor: # B x (1+K), places in the training set; the own image's first
     "Who is compared in this step."
-    if batch.index is None: raise ValueError('crd: found a batch without index; expected the place of each image in the training set')
-    generator, everyone = torch.Generator(batch.labels.device).manual_seed(self.step), _from_all(batch.index).sort().values
-    u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device, dtype=torch.float64)
+    if batch.index is None:
+        raise ValueError('crd: found a batch without index; expected the place of each '
+                         'image in the training set')
+    generator, everyone = (torch.Generator(batch.labels.device).manual_seed(self.step),
+                           _from_all(batch.index).sort().values)
+    u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device,
+                   dtype=torch.float64)
     rank = torch.searchsorted(everyone, batch.index)
     return torch.cat([batch.index[:, None], self.others(batch.classes, u[rank])], 1)
 
@@ -158,14 +174,17 @@ def forward(self: Contrast, maps: Maps, batch: Batch) -> Tensor:
     return loss
 
 # %% ../../nbs/baselines/crd.ipynb #d3052aa9
-def crd(setup: Setup,                 # what it is built for; its penultimate maps are pooled and embedded
+def crd(setup: Setup, # what it is built for; its penultimate maps are pooled and embedded
         crd_weight: float = .8,       # factor in the total loss
         num_negatives: int = 16384,   # K; of other classes, drawn with replacement
         crd_temperature: float = .07, # tau
         crd_momentum: float = .5,     # of the banks
         embedding_dims: int = 128,    # D
        ) -> list:                     # of terms
-    "Contrastive representation distillation; all defaults are those of the paper's experiments [@tian2020crd]."
-    channels = [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), setup.penultimate)]
+    """Contrastive representation distillation; all defaults are those of the paper's experiments
+    [@tian2020crd]."""
+    channels = [setup.shape(side, tap)[0] for side,
+                tap in zip(('student', 'teacher'), setup.penultimate)]
     labels = training_labels(setup.batches)
-    return [Contrast(*setup.penultimate, channels, labels, num_negatives, crd_temperature, crd_momentum, embedding_dims, crd_weight)]
+    return [Contrast(*setup.penultimate, channels, labels, num_negatives, crd_temperature,
+                     crd_momentum, embedding_dims, crd_weight)]

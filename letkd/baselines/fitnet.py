@@ -35,7 +35,8 @@ def as_map(x: Tensor,   # map B x C x H x W, or tokens B x N x C
 
 # %% ../../nbs/baselines/fitnet.ipynb #6b481ff6
 class Hint(Term):
-    "The student's map, through a regressor, imitates the teacher's (@eq-hint) [@romero2015fitnets]."
+    """The student's map, through a regressor, imitates the teacher's (@eq-hint)
+    [@romero2015fitnets]."""
     def __init__(self,
                  student_tap: str,        # of the guided layer
                  teacher_tap: str,        # of the hint
@@ -47,7 +48,8 @@ class Hint(Term):
         channels = convolution.out_channels
         self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU())
 
-    def guess(self, s: Tensor, t: Tensor) -> tuple: # maps or tokens; (r(x_s), x_t), maps of one size
+    def guess(self, s: Tensor, t: Tensor
+             ) -> tuple: # maps or tokens; (r(x_s), x_t), maps of one size
         "The regressor's guess and the hint."
         grids, resizes = (grid_of(s), grid_of(t)), self.regressor[0].stride != (1, 1)
         if not resizes: grids = (tuple(map(min, *grids)),) * 2
@@ -59,12 +61,14 @@ class Hint(Term):
         return F.mse_loss(*self.guess(maps.student[s], maps.teacher[t]))
 
 # %% ../../nbs/baselines/fitnet.ipynb #a79e5bc0
-def _hint(setup: Setup, taps: tuple, weight: float, name: str = 'fitnet') -> Hint: # with the regressor that the two maps need
+def _hint(setup: Setup, taps: tuple, weight: float, name: str = 'fitnet'
+         ) -> Hint: # with the regressor that the two maps need
     (c_s, s), (c_t, t) = (setup.shape(side, tap) for side, tap in zip(('student', 'teacher'), taps))
     return Hint(*taps, hint_convolution(c_s, c_t, s, t), weight, name)
 
 def fitnet(setup: Setup,                        # what it is built for
-           hint: tuple = ('layer2', 'layer2'),  # (student's tap, teacher's tap); the second stage, as the common script
+           # (student's tap, teacher's tap); the second stage, as the common script
+           hint: tuple = ('layer2', 'layer2'),
            fitnet_weight: float = 100.,         # as the KD literature's common script
           ) -> list:                            # of terms
     "A hint in the middle of the network, beside cross-entropy from the start [@romero2015fitnets]."
@@ -75,4 +79,5 @@ def fitnet2(setup: Setup,                # what it is built for: the places of l
             fitnet_weight: float = 100., # of each hint
            ) -> list:                    # of terms
     "Hints at the intermediate and the penultimate map, and no KD layer."
-    return [_hint(setup, getattr(setup, place), fitnet_weight, f'hint {place}') for place in ('intermediate', 'penultimate')]
+    return [_hint(setup, getattr(setup, place), fitnet_weight, f'hint {place}')
+            for place in ('intermediate', 'penultimate')]

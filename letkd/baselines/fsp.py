@@ -32,33 +32,41 @@ def is_over(alone: float, # share of the training in which a loss stands alone; 
 class Flow(Term):
     "Squared difference of the flow matrices, in a phase of its own (@eq-fsp) [@yim2017fsp]."
     def __init__(self,
-                 stages: tuple = (('relu', 'relu'), *STAGES), # pairs (student's tap, teacher's tap), in the order of the flow
-                 alone: float = 30 / 240, # share of the training in which nothing else is learnt; 1: all of it
+                 # pairs (student's tap, teacher's tap), in the order of the flow
+                 stages: tuple = (('relu', 'relu'), *STAGES),
+                 # share of the training in which nothing else is learnt; 1: all of it
+                 alone: float = 30 / 240,
                  weight: float = 1.,      # factor in the total loss
                 ):
         super().__init__('fsp', weight, *split_pairs(stages))
         self.alone = alone
-        if len(stages) < 2: raise ValueError(f'fsp: found one stage {stages}; a flow needs two at least')
+        if len(stages) < 2:
+            raise ValueError(f'fsp: found one stage {stages}; a flow needs two at least')
 
     def silent(self, batch: Batch) -> bool: return is_over(self.alone, batch)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         if self.silent(batch): return precise(maps.student_logits).new_zeros(())
-        s, t = ([x[tap] for tap in taps] for x, taps in ((maps.student, self.student_taps), (maps.teacher, self.teacher_taps)))
+        s, t = ([x[tap] for tap in taps] for x, taps in ((maps.student, self.student_taps),
+                                                         (maps.teacher, self.teacher_taps)))
         flows = zip(map(flow, s, s[1:]), map(flow, t, t[1:]))
         return sum((ours - theirs).square().mean() for ours, theirs in flows)
 
 # %% ../../nbs/baselines/fsp.ipynb #dbfbff26
 def fsp(setup: Setup,                                # what it is built for
-        stages: tuple = STAGES,                      # pairs (student's tap, teacher's tap), in the order of the flow
+        stages: tuple = STAGES, # pairs (student's tap, teacher's tap), in the order of the flow
         stem: tuple = ('relu', 'relu'),              # the pair of taps before the first stage
-        alone: float = 30 / 240,                     # share of the training in which nothing else is learnt: 30 of 240 epochs
-        fsp_weight: float = 1.,                      # as the KD literature's common script has it in that phase
+        # share of the training in which nothing else is learnt: 30 of 240 epochs
+        alone: float = 30 / 240,
+        fsp_weight: float = 1., # as the KD literature's common script has it in that phase
        ) -> list:                                    # of terms
     "Flow of solution procedure [@yim2017fsp]; cross-entropy should start where `alone` ends."
     stages = (stem, *stages)
-    widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)] for pair in map(tuple, stages)}
+    widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
+              for pair in map(tuple, stages)}
     if unequal := {pair: width for pair, width in widths.items() if width[0] != width[1]}:
-        raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; flow matrices can be compared '
-                         'only where they are equal: choose a student of the same width, or another method')
+        raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; flow '
+                         'matrices can be compared '
+                         'only where they are equal: choose a student of the same width, or '
+                         'another method')
     return [Flow(stages, alone, fsp_weight)]

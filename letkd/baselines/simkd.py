@@ -27,10 +27,13 @@ class Projector(nn.Sequential):
                  s: tuple,    # (h, w) of the student's map
                  t: tuple,    # (h, w) of the teacher's map
                 ):
-        grid, block = tuple(map(min, s, t)), lambda i, o, size: [nn.Conv2d(i, o, size, padding=size // 2, bias=False),
+        grid, block = tuple(map(min, s, t)), lambda i, o, size: [nn.Conv2d(i, o, size,
+                                                                           padding=size // 2,
+                                                                           bias=False),
                                                                 nn.BatchNorm2d(o), nn.ReLU()]
         pool = [nn.AdaptiveAvgPool2d(grid)] if grid != tuple(s) else []
-        super().__init__(*pool, *block(c_s, c_t // 2, 1), *block(c_t // 2, c_t // 2, 3), *block(c_t // 2, c_t, 1))
+        super().__init__(*pool, *block(c_s, c_t // 2, 1), *block(c_t // 2, c_t // 2, 3),
+                         *block(c_t // 2, c_t, 1))
 
 # %% ../../nbs/baselines/simkd.ipynb #d536f047
 def mean_classifier(model: nn.Module, # any classifier
@@ -40,13 +43,19 @@ def mean_classifier(model: nn.Module, # any classifier
                    ) -> str:          # module path
     "The path of the linear layer that turns the mean of the map at the tap into the logits."
     path = ([None] + [path for path, m in model.named_modules() if isinstance(m, nn.Linear)])[-1]
-    if path is None: raise ValueError(f'simkd: found no nn.Linear in {type(model).__name__}; expected one that gives the logits')
-    with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps: logits = logits_of(model(images), tap, output)
+    if path is None:
+        raise ValueError(f'simkd: found no nn.Linear in {type(model).__name__}; expected one that '
+                         'gives the logits')
+    with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps:
+        logits = logits_of(model(images), tap, output)
     mean, read = rows(maps[tap], (1, 1)), maps[f'{path}:input']
-    fits = torch.equal(maps[path], logits) and mean.shape == read.shape and torch.allclose(mean, read, rtol=1e-3, atol=1e-4)
+    fits = (torch.equal(maps[path], logits) and mean.shape == read.shape
+            and torch.allclose(mean, read, rtol=1e-3, atol=1e-4))
     if fits: return path
-    raise ValueError(f'simkd: {type(model).__name__} has logits that are not {path!r} of the mean of the map at {tap!r}. The teacher\'s '
-                     'classifier can be reused only there: tap the map behind the last ReLU, of networks that average it')
+    raise ValueError(f'simkd: {type(model).__name__} has logits that are not {path!r} of the mean '
+                     f'of the map at {tap!r}. The teacher\'s '
+                     'classifier can be reused only there: tap the map behind the last ReLU, of '
+                     'networks that average it')
 
 # %% ../../nbs/baselines/simkd.ipynb #743b8ba5
 def behind(model: nn.Module, # any network
@@ -57,13 +66,15 @@ def behind(model: nn.Module, # any network
     "What runs between the end of a stage and the end of the last map."
     if stage == last: return []
     order, modules = [], dict(model.named_modules())
-    handles = [m.register_forward_hook(lambda *_, path=path: order.append(path)) for path, m in modules.items()]
+    handles = [m.register_forward_hook(lambda *_, path=path: order.append(path)) for path,
+               m in modules.items()]
     with evaluating(model): model(images)
     for handle in handles: handle.remove()
     if {stage, last} <= {*order} and order.index(stage) < order.index(last):
-        return [path for path in order[order.index(stage) + 1:order.index(last) + 1] if not [*modules[path].children()]]
-    raise ValueError(f'simkd: found the taps {stage!r} and {last!r}; expected two module paths of {type(model).__name__}, '
-                     'the last stage and the penultimate map behind it')
+        return [path for path in order[order.index(stage) + 1:order.index(last) + 1]
+                if not [*modules[path].children()]]
+    raise ValueError(f'simkd: found the taps {stage!r} and {last!r}; expected two module paths of '
+                     f'{type(model).__name__}, the last stage and the penultimate map behind it')
 
 # %% ../../nbs/baselines/simkd.ipynb #fadb17f8
 def dropped(model: nn.Module,   # any network
@@ -72,12 +83,17 @@ def dropped(model: nn.Module,   # any network
             stage: str,         # tap of its last stage
             images: Tensor,     # some images
            ) -> dict:           # {path: what takes its place}
-    "Identities for what is behind a stage; an error where the stage is not what would be averaged without it."
+    """Identities for what is behind a stage; an error where the stage is not what would be averaged
+    without it."""
     bare, found = copy.deepcopy(model), {path: nn.Identity() for path in paths}
     for path in (*found, classifier): replace(bare, path, nn.Identity())
     with evaluating(bare), capture(bare, stage) as maps: mean = bare(images)
-    if (expected := rows(maps[stage], (1, 1))).shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3, atol=1e-4): return found
-    raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map at {stage!r}; '
+    if (expected := rows(maps[stage],
+                         (1, 1))).shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3,
+                                                                         atol=1e-4):
+        return found
+    raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map at '
+                     f'{stage!r}; '
                      "give `last` another tap, or '' for the penultimate map")
 
 # %% ../../nbs/baselines/simkd.ipynb #37441700
@@ -87,10 +103,12 @@ class ReusedClassifier(Term):
                  student_tap: str,       # of the last stage; the projector is put there
                  teacher_tap: str,       # of the map that the teacher's classifier averages
                  projector: nn.Module,   # from the student's map to the teacher's channels
-                 replaces: dict,         # {path of the student's own classifier: the teacher's, frozen}, and what else it loses
+                 # {path of the student's classifier: the teacher's}, and what else it loses
+                 replaces: dict,
                  weight: float = 1.,     # factor in the total loss
                 ):
-        super().__init__('simkd', weight, [student_tap], [teacher_tap], layers={student_tap: projector}, replaces=replaces)
+        super().__init__('simkd', weight, [student_tap], [teacher_tap],
+                         layers={student_tap: projector}, replaces=replaces)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         (s,), (t,) = self.student_taps, self.teacher_taps
@@ -98,18 +116,23 @@ class ReusedClassifier(Term):
 
 # %% ../../nbs/baselines/simkd.ipynb #19ade4f3
 def simkd(setup: Setup,             # what it is built for
-          last: tuple = ('', ''),   # (student's tap, teacher's tap) of the last stages, the student's is taken; '': the penultimate map
+          # (student's tap, teacher's tap) of the last stages, the student's is taken;
+          # '': the penultimate map
+          last: tuple = ('', ''),
           simkd_weight: float = 1., # factor in the total loss
          ) -> list:                 # of terms
-    "The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the paper [@chen2022simkd]."
+    """The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the
+    paper [@chen2022simkd]."""
     images, taps = setup.first[0][:2], setup.penultimate
     (penultimate, *_), (t, c_t, grid_t) = map(setup.place, ('student', 'teacher'), taps)
     ours, theirs = (mean_classifier(model, tap, images, setup.output)
                     for model, tap in ((setup.student, penultimate), (setup.teacher, t)))
     reused = copy.deepcopy(resolve(setup.teacher, theirs)).requires_grad_(False)
     found, expected = resolve(setup.student, ours).out_features, reused.out_features
-    if found != expected: raise ValueError(f'simkd: found {found} classes in the student; the teacher has {expected}')
+    if found != expected:
+        raise ValueError(f'simkd: found {found} classes in the student; the teacher has {expected}')
     s, c_s, grid_s = setup.place('student', last[0] or taps[0])
     after = behind(setup.student, last[0] or taps[0], taps[0], images)
     lost = dropped(setup.student, after, ours, s, images) if after else {}
-    return [ReusedClassifier(s, t, Projector(c_s, c_t, grid_s, grid_t), {**lost, ours: reused}, simkd_weight)]
+    return [ReusedClassifier(s, t, Projector(c_s, c_t, grid_s, grid_t), {**lost, ours: reused},
+                             simkd_weight)]

@@ -35,7 +35,8 @@ class SimilarityPreserving(Term):
 
 # %% ../../nbs/baselines/sp.ipynb #4b6f2ab7
 def sp(setup: Setup,               # what it is built for
-       last: tuple = ('', ''),     # (student's tap, teacher's tap) of the last stages; '': the penultimate map
+       # (student's tap, teacher's tap) of the last stages; '': the penultimate map
+       last: tuple = ('', ''),
        sp_weight: float = 3000.,   # as the paper and the KD literature's common script
       ) -> list:                   # of terms
     "Similarity preserving distillation [@tung2019sp]."

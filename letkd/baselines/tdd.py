@@ -24,9 +24,10 @@ from ..taps import rows, stream
 
 # %% ../../nbs/baselines/tdd.ipynb #36550a90
 def merge(means: np.ndarray # Y x C
-         ) -> tuple:        # ((Y-1) x 2 nodes that are joined, Y-1 heights), in the order of the mergers
+         ) -> tuple: # ((Y-1) x 2 nodes that are joined, Y-1 heights), in the order of the mergers
     "Ward's tree of the classes (@eq-ward), by scikit-learn."
-    fitted = AgglomerativeClustering(n_clusters=None, distance_threshold=0., linkage='ward').fit(means)
+    fitted = AgglomerativeClustering(n_clusters=None, distance_threshold=0.,
+                                     linkage='ward').fit(means)
     return fitted.children_, fitted.distances_
 
 # %% ../../nbs/baselines/tdd.ipynb #bbac74f2
@@ -39,7 +40,8 @@ def members(joined) -> list: # (Y-1) x 2 -> for each node, classes and mergers, 
 # %% ../../nbs/baselines/tdd.ipynb #7d4c7038
 def centres(means: np.ndarray,        # Y x C
             joined,                   # (Y-1) x 2
-            by_classes: bool = False, # the mean over a node's classes; False: halfway between the two nodes that are joined
+            # the mean over a node's classes; False: halfway between the two nodes that are joined
+            by_classes: bool = False,
            ) -> np.ndarray:           # (2Y-1) x C
     "The centre of every node (@eq-centre), classes first."
     if by_classes: return np.stack([means[n].mean(0) for n in members(joined)])
@@ -54,16 +56,18 @@ def accuracies(rows: np.ndarray,   # N x C
                nodes: list,        # of lists of classes
                neighbours: int = 20, # k
               ) -> np.ndarray:     # one for each node
-    "The share of a node's classes around its centre (@eq-accuracy), by scikit-learn's nearest neighbours."
+    """The share of a node's classes around its centre (@eq-accuracy), by scikit-learn's nearest
+    neighbours."""
     known = KNeighborsClassifier(min(neighbours, len(rows))).fit(rows, labels)
     shares = known.predict_proba(centres)
-    return np.array([share[np.isin(known.classes_, n)].sum() for share, n in zip(shares, nodes, strict=True)])
+    return np.array([share[np.isin(known.classes_, n)].sum() for share,
+                     n in zip(shares, nodes, strict=True)])
 
 # %% ../../nbs/baselines/tdd.ipynb #bef08e81
 def coarse_nodes(joined,           # (Y-1) x 2
                  accuracy,           # of the 2Y-1 nodes
                  threshold: float = .2, # a node below it is not divided
-                ) -> list:           # of nodes that share the classes out among them, in the order of their first class
+                ) -> list: # of nodes that share the classes out among them, by their first class
     "Where the walk down the tree stops."
     num_classes, found, walk = len(joined) + 1, [], [2 * len(joined)]
     while walk:
@@ -80,15 +84,20 @@ class DecisionTree(Supervision):
                  neighbours: int = 20,    # k of the accuracies
                  threshold: float = .2,   # a node of lower accuracy is not divided
                  by_classes: bool = False, # what the centre of a node is, see `centres`
-                 memory: int = 2**30,     # bytes of float32 embeddings to hold; beyond it a uniform sample is used
+                 # bytes of float32 embeddings to hold; beyond it a uniform sample is used
+                 memory: int = 2**30,
                  seed: int = 0,           # of the sample
                 ):
         super().__init__('joined', 'heights', 'accuracy', 'coarse')
-        self.neighbours, self.threshold, self.by_classes, self.memory, self.seed = neighbours, threshold, by_classes, memory, seed
+        self.neighbours, self.threshold, self.by_classes = neighbours, threshold, by_classes
+        self.memory, self.seed = memory, seed
 
     @property
-    def num_templates(self) -> int: self._fitted(); return int(self.coarse.max()) + 1 # coarse classes
-    def extra_repr(self) -> str: return f'neighbours={self.neighbours}, threshold={self.threshold:g}, by_classes={self.by_classes}'
+    def num_templates(self) -> int:
+        self._fitted(); return int(self.coarse.max()) + 1 # coarse classes
+    def extra_repr(self) -> str:
+        return (f'neighbours={self.neighbours}, threshold={self.threshold:g}, '
+                f'by_classes={self.by_classes}')
 
     @property
     def sizes(self) -> Tensor: return self.coarse.bincount() # classes in each coarse class
@@ -96,16 +105,20 @@ class DecisionTree(Supervision):
 # %% ../../nbs/baselines/tdd.ipynb #40f87ccf
 def _class_means(x: np.ndarray, y: np.ndarray) -> np.ndarray: # N x C, N -> Y x C
     counts = np.bincount(y)
-    if len(counts) < 2: raise ValueError('DecisionTree: found rows of one class; expected two classes or more')
+    if len(counts) < 2:
+        raise ValueError('DecisionTree: found rows of one class; expected two classes or more')
     if missing := np.flatnonzero(counts == 0).tolist():
-        raise ValueError(f'DecisionTree: found no row of the classes {missing}; expected one of each, up to the largest label {len(counts) - 1}')
+        raise ValueError(f'DecisionTree: found no row of the classes {missing}; expected one of '
+                         f'each, up to the largest label {len(counts) - 1}')
     return np.stack([x[y == c].mean(0) for c in range(len(counts))])
 
 # %% ../../nbs/baselines/tdd.ipynb #b8e63c0a
 @patch
 @one_thread()
-def fit(self: DecisionTree, stream: Iterable): # (rows, labels) pairs, one row for each image; read once
-    x, y = (t.numpy() for t in sample(checked(stream, True, progress='embeddings'), self.memory, self.seed))
+def fit(self: DecisionTree, stream: Iterable):
+    # (rows, labels) pairs, one row for each image; read once
+    x, y = (t.numpy() for t in sample(checked(stream, True, progress='embeddings'), self.memory,
+                                      self.seed))
     x = x.astype(np.float64)
     means = _class_means(x, y)
     joined, heights = merge(means)
@@ -113,13 +126,15 @@ def fit(self: DecisionTree, stream: Iterable): # (rows, labels) pairs, one row f
     accuracy = accuracies(x, y, centres(means, joined, self.by_classes), nodes, self.neighbours)
     coarse = np.empty(len(means), np.int64)
     for i, n in enumerate(coarse_nodes(joined, accuracy, self.threshold)): coarse[nodes[n]] = i
-    self.joined, self.coarse = torch.from_numpy(np.ascontiguousarray(joined)), torch.from_numpy(coarse)
+    self.joined, self.coarse = (torch.from_numpy(np.ascontiguousarray(joined)),
+                                torch.from_numpy(coarse))
     self.heights, self.accuracy = (torch.from_numpy(a).float() for a in (heights, accuracy))
     return self
 
 # %% ../../nbs/baselines/tdd.ipynb #fa358b74
 class TreeDecisions(Term):
-    "The student's stages decide between the coarse classes of the teacher's (@eq-tdd) [@song2021tdd]."
+    """The student's stages decide between the coarse classes of the teacher's (@eq-tdd)
+    [@song2021tdd]."""
     def __init__(self,
                  student_taps: tuple, # one for each stage
                  channels: tuple,     # of the student's maps there
@@ -128,7 +143,8 @@ class TreeDecisions(Term):
                 ):
         super().__init__('tdd', weight, student_taps, teacher=False)
         self.trees = nn.ModuleList(trees)
-        self.deciders = nn.ModuleList(nn.Linear(c, tree.num_templates) for c, tree in zip(channels, trees))
+        self.deciders = nn.ModuleList(nn.Linear(c, tree.num_templates) for c,
+                                      tree in zip(channels, trees))
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         loss = 0.
@@ -147,8 +163,12 @@ def tdd(setup: Setup,                # what it is built for
         tdd_kd_weight: float = .9,   # of the softened logits, which are part of the method
         temperature: float = 4.,     # T of the softened logits
        ) -> list:                    # of terms
-    "Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of the authors' CIFAR-10 example [@song2021tdd]."
+    """Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of
+    the authors' CIFAR-10 example [@song2021tdd]."""
     ours, theirs = split_pairs(stages)
-    fit = lambda tap: setup.fit(DecisionTree(neighbours, threshold, by_classes), stream(setup.teacher, tap, setup.batches, (1, 1)))
-    channels, _ = ([setup.shape(side, tap)[0] for tap in taps] for side, taps in (('student', ours), ('teacher', theirs)))
-    return [KD(tdd_kd_weight, temperature), TreeDecisions(ours, channels, [fit(tap) for tap in theirs], tdd_weight)]
+    fit = lambda tap: setup.fit(DecisionTree(neighbours, threshold, by_classes),
+                                stream(setup.teacher, tap, setup.batches, (1, 1)))
+    channels, _ = ([setup.shape(side, tap)[0] for tap in taps] for side,
+                   taps in (('student', ours), ('teacher', theirs)))
+    return [KD(tdd_kd_weight, temperature), TreeDecisions(ours, channels,
+                                                          [fit(tap) for tap in theirs], tdd_weight)]

@@ -26,17 +26,21 @@ class Predictor(nn.Module):
                  eps: float = 1e-5,      # the smallest variance
                 ):
         super().__init__()
-        widths, self.eps = (student_channels, teacher_channels, teacher_channels, teacher_channels), eps
+        widths, self.eps = (student_channels, teacher_channels, teacher_channels,
+                            teacher_channels), eps
         first, *others = (nn.Linear(i, o, bias=False) for i, o in zip(widths, widths[1:]))
-        self.mean = nn.Sequential(first, *(layer for other in others for layer in (nn.ReLU(), other)))
-        self.raw = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(variance - eps))))
+        self.mean = nn.Sequential(first, *(layer for other in others
+                                           for layer in (nn.ReLU(), other)))
+        self.raw = nn.Parameter(torch.full((teacher_channels,),
+                                           math.log(math.expm1(variance - eps))))
 
     @property
     def variance(self) -> Tensor: return F.softplus(precise(self.raw)) + self.eps # v, C_t
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor: # N x C_s and N x C_t; N x C_t
         "Negative log-likelihood without its constant (@eq-gauss)."
-        return ((precise(t) - precise(self.mean(s))).square() / self.variance + self.variance.log()) / 2
+        return ((precise(t) - precise(self.mean(s))).square() / self.variance
+                + self.variance.log()) / 2
 
 # %% ../../nbs/baselines/vid.ipynb #57ca3d1a
 class VariationalInformation(Term):
@@ -50,14 +54,17 @@ class VariationalInformation(Term):
         self.predictors = nn.ModuleList(predictors)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        pairs = ((maps.student[s], maps.teacher[t]) for s, t in zip(self.student_taps, self.teacher_taps))
+        pairs = ((maps.student[s], maps.teacher[t]) for s,
+                 t in zip(self.student_taps, self.teacher_taps))
         return sum(q(*paired_rows(s, t)).mean() for q, (s, t) in zip(self.predictors, pairs))
 
 # %% ../../nbs/baselines/vid.ipynb #40097352
 def vid(setup: Setup,            # what it is built for
         stages: tuple = STAGES,  # pairs (student's tap, teacher's tap)
-        vid_weight: float = 1.,  # as the KD literature's common script, and with it the form and the start of the predictors
+        # as the KD literature's common script, and with it the form and the start of the predictors
+        vid_weight: float = 1.,
        ) -> list:                # of terms
     "Variational information distillation [@ahn2019vid]."
-    widths = [[setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)] for pair in stages]
+    widths = [[setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
+              for pair in stages]
     return [VariationalInformation(stages, [Predictor(*width) for width in widths], vid_weight)]

@@ -17,15 +17,19 @@ class Images:
     "A labelled set of images in memory, checked when it is made."
     images: torch.Tensor  # uint8, N x 3 x H x W
     labels: torch.Tensor  # int64, N, each in 0 .. len(classes) - 1
-    parts: torch.Tensor | None = None  # uint8, N x H x W: the true part at every pixel, if it is known
-    classes: list | tuple = ()  # names of the classes; empty: as many as the largest label asks for, named by number
-    mean: tuple = ()  # mean of the training split for each channel, in units of full intensity (0 .. 1)
+    # uint8, N x H x W: the true part at every pixel, if it is known
+    parts: torch.Tensor | None = None
+    # names of the classes; empty: as many as the largest label asks for, named by number
+    classes: list | tuple = ()
+    # mean of the training split for each channel, in units of full intensity (0 .. 1)
+    mean: tuple = ()
     std: tuple = ()  # standard deviation of the training split for each channel, same units
 
     def __post_init__(self):
         if not len(self.classes) and torch.is_tensor(self.labels) and self.labels.numel():
             object.__setattr__(self, 'classes', tuple(map(str, range(int(self.labels.max()) + 1))))
-        for name in ('classes', 'mean', 'std'): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ('classes', 'mean', 'std'):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_images(self)
 
     def __len__(self): return len(self.images)
@@ -46,11 +50,14 @@ class Images:
 # %% ../../nbs/data/batches.ipynb #a5afaa65
 def _check_tensor(name, x, dtype, shape):
     "`x` is a tensor of this type and shape; None in `shape` matches any length."
-    if not torch.is_tensor(x): raise TypeError(f'{name} must be a torch tensor, found {type(x).__name__}')
-    if x.dtype != dtype: raise TypeError(f'{name} must be {dtype}, found {x.dtype}: convert it with .to({dtype})')
+    if not torch.is_tensor(x):
+        raise TypeError(f'{name} must be a torch tensor, found {type(x).__name__}')
+    if x.dtype != dtype:
+        raise TypeError(f'{name} must be {dtype}, found {x.dtype}: convert it with .to({dtype})')
     if x.dim() != len(shape) or any(b is not None and a != b for a, b in zip(x.shape, shape)):
         expected = ' x '.join('any' if s is None else str(s) for s in shape)
-        raise ValueError(f'{name} must have shape {expected}, found {" x ".join(map(str, x.shape))}')
+        raise ValueError(f'{name} must have shape {expected}, found '
+                         f'{" x ".join(map(str, x.shape))}')
 
 # %% ../../nbs/data/batches.ipynb #f29db1a9
 def _check_images(x):
@@ -63,21 +70,27 @@ def _check_images(x):
     for name in ('labels', 'parts'):
         t = getattr(x, name)
         if t is not None and t.device != x.images.device:
-            raise ValueError(f'{name} is on {t.device}, images on {x.images.device}: use Images.to(device) to move all')
+            raise ValueError(f'{name} is on {t.device}, images on {x.images.device}: use '
+                             'Images.to(device) to move all')
     lo, hi = int(x.labels.min()), int(x.labels.max())
     if lo < 0 or hi >= len(x.classes):
-        raise ValueError(f'labels lie in {lo} .. {hi}, but there are {len(x.classes)} classes (0 .. {len(x.classes) - 1})')
+        raise ValueError(f'labels lie in {lo} .. {hi}, but there are {len(x.classes)} '
+                         f'classes (0 .. {len(x.classes) - 1})')
     for name in ('mean', 'std') if x.mean or x.std else ():
-        if len(getattr(x, name)) != 3: raise ValueError(f'{name} must have 3 numbers, one a channel, found {getattr(x, name)}')
-    if not np.isfinite(x.mean).all(): raise ValueError(f'mean must be finite in every channel, found {x.mean}')
-    if not (np.isfinite(x.std).all() and min(x.std, default=1) > 0): raise ValueError(f'std must be positive in every channel, found {x.std}')
+        if len(getattr(x, name)) != 3:
+            raise ValueError(f'{name} must have 3 numbers, one a channel, found {getattr(x, name)}')
+    if not np.isfinite(x.mean).all():
+        raise ValueError(f'mean must be finite in every channel, found {x.mean}')
+    if not (np.isfinite(x.std).all() and min(x.std, default=1) > 0):
+        raise ValueError(f'std must be positive in every channel, found {x.std}')
 
 # %% ../../nbs/data/batches.ipynb #065c1817
 def _rank(labels):
     "How many images of the same class come before each: int64, N."
     order, count = labels.argsort(stable=True), labels.bincount()
     first = count.cumsum(0) - count
-    return torch.empty_like(labels).scatter_(0, order, torch.arange(len(labels)) - first[labels[order]])
+    return torch.empty_like(labels).scatter_(0, order,
+                                             torch.arange(len(labels)) - first[labels[order]])
 
 def in_turn(labels,  # int64, N
            ):  # int64, N: a permutation
@@ -88,7 +101,8 @@ def in_turn(labels,  # int64, N
 def hold_out(labels,  # int64, N
              count,  # images of each class to hold out, or a share of each class, below 1
              seed=0,  # of the choice; global generators are neither read nor changed
-             order=None,  # int64, N: a permutation, whose first images of each class are held out; None: a random one
+             # int64, N: a permutation, its first of each class are held out; None: random
+             order=None,
             ):  # (rest, held): int64 indices in ascending order, together 0 .. N - 1
     "Split off `count` random images of each class, or that share of them, but at least one."
     counts = labels.bincount()
@@ -99,9 +113,10 @@ def hold_out(labels,  # int64, N
         raise ValueError(f'held_out: found {fewest} image of class {int(counts.argmin())}; '
                          'expected at least 2 of each, one to train on and one to hold out')
     if not share and not (count == int(count) and 1 <= count < fewest):
-        raise ValueError(f'held_out: found {count} images of each class; expected 1 .. {fewest - 1}, '
-                         'so that every class keeps some')
-    if order is None: order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        raise ValueError(f'held_out: found {count} images of each class; expected 1 .. '
+                         f'{fewest - 1}, so that every class keeps some')
+    if order is None:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[order[_rank(labels[order]) < wanted[labels[order]]]] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
@@ -112,7 +127,8 @@ def first(images,  # an `Images`, or what else has a length and `subset`
          ):  # of the same kind
     "The first `size` images."
     if size is None: return images
-    if not 1 <= size <= len(images): raise ValueError(f'size: found {size}; expected 1 .. {len(images)} images')
+    if not 1 <= size <= len(images):
+        raise ValueError(f'size: found {size}; expected 1 .. {len(images)} images')
     return images.subset(slice(size))
 
 # %% ../../nbs/data/batches.ipynb #2677214a
@@ -121,7 +137,8 @@ def _stats(images, device):
     if not images.mean:
         raise ValueError('images: found no mean and std to normalise with; measure them once, '
                          'mean, std = statistics(train.images), and give them to every split')
-    return [255 * torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (images.mean, images.std)]
+    return [255 * torch.tensor(v, dtype=torch.float32, device=device)[:, None, None]
+            for v in (images.mean, images.std)]
 
 def normalise(pixels,  # uint8, ... x 3 x H x W
               images,  # an `Images`: its mean and std are used
@@ -153,21 +170,26 @@ PADDINGS = ('reflect', 'zeros')
 @dataclass(frozen=True)
 class Augment:
     "Random rotation, crop of the padded image, and horizontal flip, each if asked for."
-    pad: int | None = None  # pixels of padding on each side; None: an eighth of the shorter side, 4 at 32 x 32
+    # pixels of padding on each side; None: an eighth of the shorter side, 4 at 32 x 32
+    pad: int | None = None
     flip: bool = False  # mirror half of the images
-    rotate: float = 0.  # turn by a uniform angle of at most so many degrees, either way; corners become black
+    # turn by a uniform angle of at most so many degrees, either way; corners become black
+    rotate: float = 0.
     mode: str = 'reflect'  # what the padding shows: the image reflected, or 'zeros', black
 
     def padding(self, height, width):
         "The padding in pixels for images of this size."
         pad = min(height, width) // 8 if self.pad is None else self.pad
         if not 0 <= pad < min(height, width):
-            raise ValueError(f'pad must be 0 .. {min(height, width) - 1} for {height} x {width} images, found {pad}')
+            raise ValueError(f'pad must be 0 .. {min(height, width) - 1} for {height} x {width} '
+                             f'images, found {pad}')
         return pad
 
     def __post_init__(self):
-        if not 0 <= self.rotate <= 180: raise ValueError(f'rotate must be 0 .. 180 degrees, found {self.rotate}')
-        if self.mode not in PADDINGS: raise ValueError(f'mode must be one of {", ".join(PADDINGS)}, found {self.mode!r}')
+        if not 0 <= self.rotate <= 180:
+            raise ValueError(f'rotate must be 0 .. 180 degrees, found {self.rotate}')
+        if self.mode not in PADDINGS:
+            raise ValueError(f'mode must be one of {", ".join(PADDINGS)}, found {self.mode!r}')
 
 # %% ../../nbs/data/batches.ipynb #4d35283d
 def _reflect(shift, n, flip=None):
@@ -191,9 +213,12 @@ def crop(pixels,  # B x C x H x W, any type
         ):  # B x C x H x W
     "Every image's own crop of its padded self, for a whole batch at once."
     b, c, h, w = pixels.shape
-    index = (_reflect(dy, h)[:, :, None] * w + _reflect(dx, w, flip)[:, None, :]).reshape(b, 1, h * w)
+    index = (_reflect(dy, h)[:, :, None] * w
+             + _reflect(dx, w, flip)[:, None, :]).reshape(b, 1, h * w)
     moved = pixels.reshape(b, c, h * w).gather(2, index.expand(b, c, h * w)).view(b, c, h, w)
-    return moved if mode == 'reflect' else moved * (_inside(dy, h)[:, None, :, None] & _inside(dx, w, flip)[:, None, None, :])
+    return (moved if mode == 'reflect'
+            else moved * (_inside(dy, h)[:, None, :,
+                                         None] & _inside(dx, w, flip)[:, None, None, :]))
 
 # %% ../../nbs/data/batches.ipynb #3d6297eb
 def rotate(pixels,  # B x C x H x W, any type
@@ -207,11 +232,13 @@ def rotate(pixels,  # B x C x H x W, any type
     v = (x * sin + y[:, None] * cos + (h - 1) / 2).round().long()
     inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
     index = (v.clamp(0, h - 1) * w + u.clamp(0, w - 1)).reshape(b, 1, h * w)
-    return pixels.reshape(b, c, h * w).gather(2, index.expand(b, c, h * w)).view(b, c, h, w) * inside[:, None]
+    moved = pixels.reshape(b, c, h * w).gather(2, index.expand(b, c, h * w))
+    return moved.view(b, c, h, w) * inside[:, None]
 
 # %% ../../nbs/data/batches.ipynb #c0937ddc
 class Resumable:
-    "What all kinds of batches share: what was asked for, checked, and where an epoch stands, as three integers."
+    """What all kinds of batches share: what was asked for, checked, and where an epoch stands, as
+    three integers."""
     def __init__(self,
                  images,  # what has a length and moves by `to`
                  batch_size,  # images in a batch
@@ -220,21 +247,28 @@ class Resumable:
                  drop_last,  # leave out a last batch that is not full
                  seed,  # of order and augmentation
                  device,  # where the batches are made; None: where the images are
-                 share=(0, 1),  # (i, P): the i-th of P equal parts of each batch; other processes have the rest
+                 # (i, P): the i-th of P equal parts of each batch; other processes have the rest
+                 share=(0, 1),
                 ):
-        if int(batch_size) != batch_size or batch_size < 1: raise ValueError(f'batch_size must be an integer >= 1, found {batch_size}')
+        if int(batch_size) != batch_size or batch_size < 1:
+            raise ValueError(f'batch_size must be an integer >= 1, found {batch_size}')
         if drop_last and batch_size > len(images):
-            raise ValueError(f'no full batch: batch_size {batch_size}, {len(images)} {type(images).__name__.lower()}, drop_last=True')
+            raise ValueError(f'no full batch: batch_size {batch_size}, {len(images)} '
+                             f'{type(images).__name__.lower()}, drop_last=True')
         if drop_last and batch_size % share[1]:
-            raise ValueError(f'batch_size: found {batch_size} for {share[1]} processes; expected a multiple of {share[1]}, so that each has as many images')
+            raise ValueError(f'batch_size: found {batch_size} for {share[1]} processes; expected a '
+                             f'multiple of {share[1]}, so that each has as many images')
         self.images = images if device is None else images.to(device)
-        self.batch_size, self.augment, self.shuffle, self.drop_last = int(batch_size), augment, shuffle, drop_last
+        self.batch_size, self.augment, self.shuffle, self.drop_last = (int(batch_size), augment,
+                                                                       shuffle, drop_last)
         self.seed, self.epoch, self.position, self.share, self._resume = seed, 0, 0, share, False
 
     def __len__(self): return -(-self._count // self.batch_size)
 
     @property
-    def _count(self): return len(self.images) // self.batch_size * self.batch_size if self.drop_last else len(self.images)
+    def _count(self):
+        return (len(self.images) // self.batch_size * self.batch_size if self.drop_last
+                else len(self.images))
 
 # %% ../../nbs/data/batches.ipynb #ba7c5e01
 @patch
@@ -265,7 +299,8 @@ def passed(self: Resumable,
 # %% ../../nbs/data/batches.ipynb #2b8fdd47
 @patch
 def state_dict(self: Resumable):
-    "Where this run stands, as three integers: plain data, whatever the device and the number of workers."
+    """Where this run stands, as three integers: plain data, whatever the device and the number of
+    workers."""
     return dict(seed=self.seed, epoch=self.epoch, position=self.position)
 
 @patch
@@ -274,21 +309,26 @@ def load_state_dict(self: Resumable,
                    ):
     "Go on from `state`: the next `iter` yields the batches that were still to come."
     if not 0 <= state['position'] < len(self):
-        raise ValueError(f"the state stands at batch {state['position']}, an epoch has {len(self)}: other data or batch size?")
-    self.seed, self.epoch, self.position, self._resume = state['seed'], state['epoch'], state['position'], True
+        raise ValueError(f"the state stands at batch {state['position']}, an epoch has "
+                         f"{len(self)}: "
+                         f"other data or batch size?")
+    self.seed, self.epoch, self.position, self._resume = (state['seed'], state['epoch'],
+                                                          state['position'], True)
 
 # %% ../../nbs/data/batches.ipynb #e557498e
 class Batches(Resumable):
-    "Augmented, normalised batches `(images, labels, index)` of an `Images`, all made on its device; iterate as often as you like."
+    """Augmented, normalised batches `(images, labels, index)` of an `Images`, all made on its
+    device; iterate as often as you like."""
     def __init__(self,
                  images,  # an `Images`
                  batch_size,  # images in a batch
                  augment=None,  # an `Augment`, or None: images as they are
                  shuffle=False,  # a new order in each epoch
                  drop_last=False,  # leave out a last batch that is not full
-                 seed=0,  # of order and augmentation; global generators are neither read nor changed
-                 device=None,  # where the images are kept and the batches made; None: where they are
-                 share=(0, 1),  # (i, P): the i-th of P parts of each batch; other processes have the rest
+                 seed=0, # of order and augmentation; global generators are neither read nor changed
+                 device=None, # where the images are kept and the batches made; None: where they are
+                 # (i, P): the i-th of P parts of each batch; other processes have the rest
+                 share=(0, 1),
                 ):
         super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device, share)
         self.pad = augment.padding(*images.images.shape[2:]) if augment else 0
@@ -296,14 +336,16 @@ class Batches(Resumable):
 # %% ../../nbs/data/batches.ipynb #29d9ed9b
 @patch
 def _plan(self: Batches, epoch):
-    "Order, vertical and horizontal shifts, flips and angles of an epoch, on the device. All but the order belong to places in it."
+    """Order, vertical and horizontal shifts, flips and angles of an epoch, on the device. All but
+    the order belong to places in it."""
     n, dev = len(self.images), self.images.device
     words = np.random.SeedSequence((self.seed, epoch)).generate_state(2, np.uint32)
     order, motion = (torch.Generator().manual_seed(int(w)) for w in words)
     index = torch.randperm(n, generator=order) if self.shuffle else torch.arange(n)
     shift = torch.randint(-self.pad, self.pad + 1, (2, n), generator=motion)
     flip = torch.rand(n, generator=motion) < .5 if self.augment and self.augment.flip else None
-    angle = torch.rand(n, generator=motion).mul_(2).sub_(1).mul_(self.augment.rotate) if self.augment and self.augment.rotate else None
+    angle = (torch.rand(n, generator=motion).mul_(2).sub_(1).mul_(self.augment.rotate)
+             if self.augment and self.augment.rotate else None)
     return index.to(dev), *shift.to(dev), *(None if t is None else t.to(dev) for t in (flip, angle))
 
 # %% ../../nbs/data/batches.ipynb #a666cfa9
@@ -318,5 +360,7 @@ def __iter__(self: Batches):
         pick = index[s]
         pixels = self.images.images[pick]
         if angle is not None: pixels = rotate(pixels, angle[s])
-        if self.augment: pixels = crop(pixels, dy[s], dx[s], None if flip is None else flip[s], self.augment.mode)
+        if self.augment:
+            pixels = crop(pixels, dy[s], dx[s], None if flip is None else flip[s],
+                          self.augment.mode)
         yield normalise(pixels, self.images), self.images.labels[pick], pick

@@ -65,16 +65,20 @@ def _files(about: Cifar, wanted: tuple, root) -> tuple: # (where they are, {name
     "The wanted files, of the folder or else of the archive, which is downloaded if it is missing."
     place = data_root(root)/about.folder
     if not place.is_dir(): place = _archive(about, root)
-    found = {name.split('/')[-1]: data for name, data in contents(place, lambda n: n.split('/')[-1] in wanted)}
+    found = {name.split('/')[-1]: data for name,
+             data in contents(place, lambda n: n.split('/')[-1] in wanted)}
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f'{place}: holds no {", ".join(missing)}; expected the files of {about.archive}')
+        raise ValueError(f'{place}: holds no {", ".join(missing)}; expected the files of '
+                         f'{about.archive}')
     return place, found
 
 def _archive(about: Cifar, root) -> Path:
     try: return fetch(about.url, about.size, about.md5, root)
     except ConnectionError as e:
-        python = [p.name for p in data_root(root).glob(f'{about.name.lower()}-*') if 'py' in p.name or p.suffix == '.gz']
-        found = f' Found {python[0]} there, which holds pickles, and a pickle is a program.' if python else ''
+        python = [p.name for p in data_root(root).glob(f'{about.name.lower()}-*') if 'py' in p.name
+                  or p.suffix == '.gz']
+        found = (f' Found {python[0]} there, which holds pickles, and a pickle is a program.'
+                 if python else '')
         raise ConnectionError(f'{e}, or unpack it there as {about.folder}/.{found}') from None
 
 # %% ../../nbs/data/cifar.ipynb #75ec7564
@@ -90,7 +94,8 @@ def _check_split(split: str, held_out: int, about: Cifar):
     if split not in (known := ('train', 'valid', 'test')):
         raise ValueError(f'split: found {split!r}; expected one of {", ".join(known)}')
     if split == 'valid' and not held_out:
-        raise ValueError(f'{about.name} has no validation split: hold out training images of each class, '
+        raise ValueError(f'{about.name} has no validation split: hold out training images of '
+                         'each class, '
                          "such as held_out=50, with 'train' and 'valid' alike")
 
 def _read(about: Cifar, split: str, size: Optional[int], root, held_out: int) -> Images:
@@ -100,16 +105,19 @@ def _read(about: Cifar, split: str, size: Optional[int], root, held_out: int) ->
     classes = tuple(found[about.names].decode('ascii', 'replace').split())
     parts = [_read_records(found[f], f'{place}: {f}', len(classes), about.labels) for f in files]
     pixels, labels = map(torch.cat, zip(*parts))
-    _check_counts(labels, about.per_class[split == 'test'], len(classes), f'{place}: {", ".join(files)}')
+    _check_counts(labels, about.per_class[split == 'test'], len(classes),
+                  f'{place}: {", ".join(files)}')
     images = Images(pixels, labels, None, classes, about.mean, about.std)
-    if held_out and split != 'test': images = images.subset(hold_out(labels, held_out)[split == 'valid'])
+    if held_out and split != 'test':
+        images = images.subset(hold_out(labels, held_out)[split == 'valid'])
     return first(images, size)
 
 # %% ../../nbs/data/cifar.ipynb #590f0880
 def cifar100(split: str,            # 'train', 'valid' or 'test'
              size: Optional[int] = None, # the first so many images; None: all
              root = None,           # the folder of data sets, see `letkd.data.files.data_root`
-             held_out: int = 0,     # training images of each class that are 'valid', not 'train'; the paper's tables: 0
+             # training images of each class that are 'valid', not 'train'; the paper's tables: 0
+             held_out: int = 0,
              about: Cifar = CIFAR100, # what the archive is and holds
             ) -> Images:            # 32 x 32, 100 classes
     "A split of CIFAR-100, downloaded when it is needed for the first time [@krizhevsky2009cifar]."

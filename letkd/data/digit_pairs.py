@@ -19,16 +19,19 @@ from .batches import Images
 
 # %% ../../nbs/data/digit_pairs.ipynb #2bc6f98b
 def _raw(seed, stream, start, stop, width):
-    "Rows `start .. stop` of an endless table of 64-bit random words, `width` words a row: Philox in counter mode."
+    """Rows `start .. stop` of an endless table of 64-bit random words, `width` words a row: Philox
+    in counter mode."""
     blocks = -(-width // 4)  # the generator makes four words at each count
-    key, counter = np.array([seed, stream], np.uint64), np.array([start * blocks, 0, 0, 0], np.uint64)
+    key, counter = np.array([seed, stream], np.uint64), np.array([start * blocks, 0, 0, 0],
+                                                                 np.uint64)
     table = np.random.Philox(key=key, counter=counter).random_raw((stop - start) * blocks * 4)
     return table.reshape(stop - start, blocks * 4)[:, :width]
 
 def _columns(seed, stream, start, stop, width):
     "The same table as `width` columns of 32-bit words."
     raw = _raw(seed, stream, start, stop, -(-width // 2))
-    return np.stack([raw & np.uint64(0xffffffff), raw >> np.uint64(32)], 2).reshape(stop - start, -1)[:, :width].T
+    return np.stack([raw & np.uint64(0xffffffff), raw >> np.uint64(32)],
+                    2).reshape(stop - start, -1)[:, :width].T
 
 # %% ../../nbs/data/digit_pairs.ipynb #f0fecd86
 def _between(u, lo, hi):
@@ -41,7 +44,8 @@ SPLITS = ('train', 'valid', 'test')
 
 @lru_cache
 def source_digits():
-    "The handwriting: pixels n x 8 x 8 (0 .. 16), digits n, and the split of each (place in `SPLITS`)."
+    """The handwriting: pixels n x 8 x 8 (0 .. 16), digits n, and the split of each (place in
+    `SPLITS`)."""
     data = load_digits()
     pixels, digits = data.images.astype(np.uint8), data.target.astype(np.int64)
     split, keys = np.zeros(len(digits), np.int64), _columns(0, 1000, 0, len(digits), 1)[0]
@@ -62,19 +66,24 @@ def _pool(split):
     return mine, np.searchsorted(digits[mine], np.arange(11))
 
 # %% ../../nbs/data/digit_pairs.ipynb #72031a97
-PHOTOS = 'e701459344fd6979', '3202904ed246795b'  # how the sha256 of the pixels of china.jpg and flower.jpg begin
+# how the sha256 of the pixels of china.jpg and flower.jpg begin
+PHOTOS = 'e701459344fd6979', '3202904ed246795b'
 
 def _as_published(images):
     "Whether the decoded photos are the published ones; warns if not."
-    found = tuple(hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest()[:16] for p in images)
+    found = tuple(hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest()[:16]
+                  for p in images)
     if found != PHOTOS:
-        warnings.warn(f'the decoded photos have hashes {found}, the published ones {PHOTOS}: this JPEG decoder differs. '
-                      'Labels and parts are the same, pixels differ slightly from the published DigitPairs.')
+        warnings.warn(f'the decoded photos have hashes {found}, the published ones {PHOTOS}: this '
+                      'JPEG decoder differs. '
+                      'Labels and parts are the same, pixels differ slightly from the published '
+                      'DigitPairs.')
     return found == PHOTOS
 
 @lru_cache
 def photos():
-    "Integral images of the two photos, 2 x 428 x 641 x 3, int32; and whether their pixels are the published ones."
+    """Integral images of the two photos, 2 x 428 x 641 x 3, int32; and whether their pixels are the
+    published ones."""
     images = load_sample_images().images
     sums = np.stack([np.pad(p.astype(np.int32), ((1, 0), (1, 0), (0, 0))) for p in images])
     sums = sums.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32)
@@ -85,18 +94,21 @@ def photos():
 @dataclass(frozen=True)
 class Difficulty:
     "How strong each nuisance is: 0 off, 1 the default, at most 2."
-    place: float = 1.  # shift of the digits, up to 5 % of the side across and 10 % up or down, and change of size, up to 11 %
+    place: float = 1.  # shift, up to 5 % of the side across and 10 % up or down; size, up to 11 %
     rotation: float = 1.  # turn of the digits, up to 14 degrees either way
-    contrast: float = 1.  # how near stroke and background may come: at least 110 grey levels apart at 0, 44 at 1
+    # how near stroke and background may come: at least 110 grey levels apart at 0, 44 at 1
+    contrast: float = 1.
     texture: float = 1.  # amplitude of the photo in the background, up to 51 % of the real one
     noise: float = 1.  # pixel noise, standard deviation up to 17 grey levels
-    clutter: float = 1.  # fragments of strokes behind the digits: three, each there with probability 7/16
+    # fragments of strokes behind the digits: three, each there with probability 7/16
+    clutter: float = 1.
     occlusion: float = 1.  # a bar in front, there with probability 7/16
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if not 0 <= value <= 2: raise ValueError(f'difficulty: {f.name} must lie in 0 .. 2, found {value}')
+            if not 0 <= value <= 2:
+                raise ValueError(f'difficulty: {f.name} must lie in 0 .. 2, found {value}')
 
     def scaled(self, name, amount):
         "`amount` times the strength `name`, rounded down to an integer."
@@ -125,32 +137,38 @@ def background(photo,  # N: which photo, 0 or 1
 
 # %% ../../nbs/data/digit_pairs.ipynb #f691dab3
 UNIT = 4096  # the image's side in the integers that places are counted in
-SINE = np.array([round(math.sin(math.radians(d)) * 2**14) for d in range(91)], np.int64)  # of whole degrees, in 2^-14
+# of whole degrees, in 2^-14
+SINE = np.array([round(math.sin(math.radians(d)) * 2**14) for d in range(91)], np.int64)
 
 def source_coordinates(x, y,  # N each: the centre of the digit's box, in UNITs
                        size,  # N: the box's side, in UNITs
                        angle,  # N: whole degrees, -90 .. 90
                        resolution,  # R: pixels to the side
-                      ):  # u, v: int32, N x R x R, in 256ths of a source cell from the digit's centre (@eq-place)
+                      ):  # u, v: int32, N x R x R, in 256ths of a cell from the digit's centre
     "Where in the digit every pixel's centre lies."
-    cos, sin = (t[:, None] * 2048 // size[:, None] for t in (SINE[90 - abs(angle)], np.sign(angle) * SINE[abs(angle)]))
+    cos, sin = (t[:, None] * 2048 // size[:, None]
+                for t in (SINE[90 - abs(angle)], np.sign(angle) * SINE[abs(angle)]))
     centre = (2 * np.arange(resolution) + 1) * UNIT // (2 * resolution)
     dx, dy = centre[None] - x[:, None], centre[None] - y[:, None]
-    add = lambda row, col: (row.astype(np.int32)[:, :, None] + col.astype(np.int32)[:, None, :]) >> 14
+    add = lambda row, col: (row.astype(np.int32)[:, :, None]
+                            + col.astype(np.int32)[:, None, :]) >> 14
     return add(dy * sin, dx * cos), add(dy * cos, -dx * sin)
 
 # %% ../../nbs/data/digit_pairs.ipynb #51c202d2
 @lru_cache
 def _packed():
-    "The four source pixels around each of the 9 x 9 gaps of every digit, zeros outside, a byte each: n * 81 words."
+    """The four source pixels around each of the 9 x 9 gaps of every digit, zeros outside, a byte
+    each: n * 81 words."""
     p = np.pad(source_digits()[0], ((0, 0), (1, 1), (1, 1))).astype(np.int32)
-    return (p[:, :-1, :-1] | p[:, :-1, 1:] << 8 | p[:, 1:, :-1] << 16 | p[:, 1:, 1:] << 24).reshape(-1)
+    return (p[:, :-1, :-1] | p[:, :-1, 1:] << 8 | p[:, 1:, :-1] << 16
+            | p[:, 1:, 1:] << 24).reshape(-1)
 
 def ink(source,  # N: which source digit
         u, v,  # int32, N x R x R: from `source_coordinates`
        ):  # int32, N x R x R, 0 .. 4096
     "A source digit's ink at these coordinates, bilinear."
-    u, v = ((t + 1152).clip(0, 2303) for t in (u, v))  # 4.5 cells from the centre to the middle of the padding
+    # 4.5 cells from the centre to the middle of the padding
+    u, v = ((t + 1152).clip(0, 2303) for t in (u, v))
     four = _packed()[(v >> 8) * 9 + (u >> 8) + source.astype(np.int32)[:, None, None] * 81]
     fu, fv = u & 255, v & 255
     a, b, c, d = four & 31, four >> 8 & 31, four >> 16 & 31, four >> 24
@@ -160,19 +178,22 @@ def ink(source,  # N: which source digit
 # %% ../../nbs/data/digit_pairs.ipynb #16d2a7f0
 def coverage(ink,  # int32, N x R x R, 0 .. 4096
              level,  # N: where the stroke ends
-             size,  # N: side of the digit's box, in UNITs: it says how fast ink changes from pixel to pixel
+             size,  # N: side of the digit's box, in UNITs: how fast ink changes from pixel to pixel
              resolution,  # R
             ):  # int32, N x R x R: 256ths of the pixel
     "How much of each pixel a stroke covers."
-    edge = (4096 * 8 * UNIT * 2 // 3) // (size * resolution)  # ink falls from full to none within 1.5 cells
+    # ink falls from full to none within 1.5 cells
+    edge = (4096 * 8 * UNIT * 2 // 3) // (size * resolution)
     gain = (65536 // np.maximum(edge, 256)).astype(np.int32)[:, None, None]
     return (((ink - level.astype(np.int32)[:, None, None]) * gain >> 8) + 128).clip(0, 256)
 
 # %% ../../nbs/data/digit_pairs.ipynb #754b815b
 BACKGROUND, CLUTTER = 10, 11  # codes of a part that is no digit
 PARTS = (*'0123456789', 'background', 'clutter')  # names of the codes
-COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf',
-           '#ffffff', '#d5d5d5')  # to draw a map of parts: ten for the digits, white background, light grey clutter
+COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f',
+           '#bcbd22', '#17becf',
+           # to draw a map of parts: ten for the digits, white background, light grey clutter
+           '#ffffff', '#d5d5d5')
 
 def paint(canvas,  # int32, N x 3 x R x R, changed in place
           owner,  # uint8, N x R x R, changed in place
@@ -194,7 +215,8 @@ def _pen(draw, base, d):
 
 # %% ../../nbs/data/digit_pairs.ipynb #c58087ac
 def _stroke(draw, digit, x, y, d, split, resolution):
-    "A random instance of `digit` near x, y: its coverage, and the source coordinates of every pixel."
+    """A random instance of `digit` near x, y: its coverage, and the source coordinates of every
+    pixel."""
     mine, begins = _pool(split)
     source = mine[draw(begins[digit], begins[digit + 1] - 1)]
     shift, vary, turn = d.scaled('place', 195), d.scaled('place', 265), d.scaled('rotation', 14)
@@ -207,21 +229,26 @@ def _stroke(draw, digit, x, y, d, split, resolution):
 def _fragment(draw, d, split, resolution):
     "A window of some digit's stroke, anywhere; at strength 1 there is none in 9 of 16 cases."
     cover, u, v = _stroke(draw, draw(0, 9), draw(300, 3796), draw(300, 3796), d, split, resolution)
-    half, cu, cv, there = draw(256, 448), draw(-384, 384), draw(-640, 640), draw(0, 255) < d.scaled('clutter', 112)
+    half, cu, cv, there = (draw(256, 448), draw(-384, 384), draw(-640, 640),
+                           draw(0, 255) < d.scaled('clutter', 112))
     half, cu, cv, there = (t.astype(np.int32)[:, None, None] for t in (half, cu, cv, there))
     return cover * there * ((abs(u - cu) < half) & (abs(v - cv) < half))
 
 def _bar(draw, d, resolution):
-    "A straight bar with hard edges, a tenth to a quarter of the side long; at strength 1 there is none in 9 of 16 cases."
-    x, y, angle, length, width = draw(700, 3396), draw(700, 3396), draw(-90, 90), draw(200, 500), draw(60, 130)
+    """A straight bar with hard edges, a tenth to a quarter of the side long; at strength 1 there is
+    none in 9 of 16 cases."""
+    x, y, angle, length, width = (draw(700, 3396), draw(700, 3396), draw(-90, 90), draw(200, 500),
+                                  draw(60, 130))
     u, v = source_coordinates(x, y, np.full(len(x), UNIT), angle, resolution)  # half UNITs
     there = draw(0, 255) < d.scaled('occlusion', 112)
-    inside = (abs(u) < length[:, None, None]) & (abs(v) < width[:, None, None]) & there[:, None, None]
+    inside = (abs(u) < length[:, None, None]) & (abs(v) < width[:, None,
+                                                                None]) & there[:, None, None]
     return inside * np.int32(256)
 
 # %% ../../nbs/data/digit_pairs.ipynb #58706170
 def _layers(draw, labels, base, d, split, resolution):
-    "Yields (coverage, colour, owner) from back to front. Owners: 0 the left digit, 1 the right one, or `CLUTTER`."
+    """Yields (coverage, colour, owner) from back to front. Owners: 0 the left digit, 1 the right
+    one, or `CLUTTER`."""
     for _ in range(3): yield _fragment(draw, d, split, resolution), _pen(draw, base, d), CLUTTER
     below = draw(0, 1)  # the digit painted first: 0 the left one
     for side in (below, 1 - below):
@@ -232,12 +259,14 @@ def _layers(draw, labels, base, d, split, resolution):
 
 # %% ../../nbs/data/digit_pairs.ipynb #d7a8968e
 def _noise(seed, stream, start, stop, resolution):
-    "Two random bytes less 255 at every pixel and channel: int32, N x 3 x R x R, mean 0, standard deviation 104."
+    """Two random bytes less 255 at every pixel and channel: int32, N x 3 x R x R, mean 0, standard
+    deviation 104."""
     count, low = 3 * resolution**2, np.uint64(0x00ff00ff00ff00ff)
     raw = _raw(seed, stream, start, stop, -(-count // 4))
     pairs = (raw & low) + (raw >> np.uint64(8) & low)  # four sums of 16 bits in each word
     lanes = np.stack([pairs >> np.uint64(16 * i) & np.uint64(0xffff) for i in range(4)], 2)
-    return lanes.reshape(stop - start, -1)[:, :count].reshape(-1, 3, resolution, resolution).astype(np.int32) - 255
+    return lanes.reshape(stop - start, -1)[:, :count].reshape(-1, 3, resolution,
+                                                              resolution).astype(np.int32) - 255
 
 # %% ../../nbs/data/digit_pairs.ipynb #03bba559
 def _labels(seed, stream, start, stop):
@@ -250,7 +279,8 @@ def _labels(seed, stream, start, stop):
 def _begin(split, start, stop, resolution, d, seed):
     "The draw, labels, base colours and empty canvases of images `start .. stop`."
     stream = 4 * SPLITS.index(split)
-    labels, columns = _labels(seed, stream, start, stop), iter(_columns(seed, stream + 1, start, stop, 128))
+    labels, columns = (_labels(seed, stream, start, stop),
+                       iter(_columns(seed, stream + 1, start, stop, 128)))
     draw = lambda lo, hi: _between(next(columns), lo, hi)
     side, photo = draw(64, 256), draw(0, 1)
     base = (draw(40, 215)[:, None] + np.stack([draw(-40, 40) for _ in range(3)], 1)).clip(0, 255)
@@ -262,7 +292,8 @@ class Scenes(NamedTuple):
     "Composed images as numpy arrays."
     pixels: np.ndarray  # uint8, N x 3 x R x R
     labels: np.ndarray  # int64, N: 10 * left + right
-    parts: np.ndarray  # uint8, N x R x R: digit 0 .. 9, 10 background, 11 clutter (fragments and the bar)
+    # uint8, N x R x R: digit 0 .. 9, 10 background, 11 clutter (fragments and the bar)
+    parts: np.ndarray
     sides: np.ndarray  # uint8, N x R x R: 0 the left digit, 1 the right one, 2 neither
 
 def compose(split,  # a name in `SPLITS`
@@ -272,7 +303,8 @@ def compose(split,  # a name in `SPLITS`
             seed=0,  # of everything random
            ):  # `Scenes`
     "Images `start .. stop` of a split, all at once."
-    d, stream, shape = _difficulty(difficulty), 4 * SPLITS.index(split) + 2, (stop - start, resolution, resolution)
+    d, stream, shape = (_difficulty(difficulty), 4 * SPLITS.index(split) + 2,
+                        (stop - start, resolution, resolution))
     draw, labels, base, canvas = _begin(split, start, stop, resolution, d, seed)
     owner = np.full(shape, BACKGROUND, np.uint8)
     for layer in _layers(draw, labels, base, d, split, resolution): paint(canvas, owner, *layer)
@@ -296,7 +328,8 @@ CLASSES = tuple(f'{i:02d}' for i in range(100))  # '37': a 3 on the left, a 7 on
 
 # %% ../../nbs/data/digit_pairs.ipynb #5cdfd93e
 def _known(name, value, known):
-    if value not in known: raise ValueError(f'unknown {name} {value!r}: known are {", ".join(map(repr, known))}')
+    if value not in known:
+        raise ValueError(f'unknown {name} {value!r}: known are {", ".join(map(repr, known))}')
 
 def _whole(name, value, lo, hi):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not lo <= value <= hi:
@@ -306,27 +339,33 @@ def _whole(name, value, lo, hi):
 # %% ../../nbs/data/digit_pairs.ipynb #e5fc6d44
 def _compose_all(split, size, resolution, difficulty, seed):
     "The first `size` images of a split as tensors: pixels, labels, parts."
-    step, pixels, parts = 2**17 // resolution**2, *(np.empty((size, *c, resolution, resolution), np.uint8) for c in ((3,), ()))
+    step, pixels, parts = 2**17 // resolution**2, *(np.empty((size, *c, resolution, resolution),
+                                                             np.uint8) for c in ((3,), ()))
     labels = np.empty(size, np.int64)
     for start in range(0, size, step):
         s = slice(start, min(start + step, size))
-        pixels[s], labels[s], parts[s], _ = compose(split, s.start, s.stop, resolution, difficulty, seed)
+        pixels[s], labels[s], parts[s], _ = compose(split, s.start, s.stop, resolution,
+                                                    difficulty, seed)
     return tuple(map(torch.from_numpy, (pixels, labels, parts)))
 
 # %% ../../nbs/data/digit_pairs.ipynb #98eacc9b
 @lru_cache
 def _statistics(resolution, difficulty, seed, count=2000):
-    "Mean and standard deviation of each channel over the first training images, in units of full intensity."
-    x, n = _compose_all('train', count, resolution, difficulty, seed)[0].long(), count * resolution**2
+    """Mean and standard deviation of each channel over the first training images, in units of full
+    intensity."""
+    x, n = _compose_all('train', count, resolution, difficulty,
+                        seed)[0].long(), count * resolution**2
     mean, square = (t.sum((0, 2, 3)).tolist() for t in (x, x * x))
-    return tuple(m / n / 255 for m in mean), tuple(math.sqrt(q / n - (m / n)**2) / 255 for m, q in zip(mean, square))
+    return tuple(m / n / 255 for m in mean), tuple(math.sqrt(q / n - (m / n)**2) / 255 for m,
+                                                   q in zip(mean, square))
 
 # %% ../../nbs/data/digit_pairs.ipynb #47a6f5ba
 def digit_pairs(split,  # 'train', 'valid' or 'test'
-                size=None,  # number of images; None: the preset's. A smaller set is the beginning of a larger one
+                # images; None: the preset's. A smaller set is the beginning of a larger one
+                size=None,
                 resolution=None,  # side of the images in pixels, 16 .. 64; None: the preset's
                 difficulty=1.,  # a number 0 .. 2 for all strengths, or a `Difficulty`
-                seed=0,  # of everything random but the deal of source digits to splits, which is always the same
+                seed=0,  # of everything random but the deal of source digits to splits
                 preset='demo',  # a name in `PRESETS`
                ):  # an `Images` with parts, 100 classes
     "A split of DigitPairs: images of two handwritten digits, class 10 * left + right."
@@ -336,19 +375,23 @@ def digit_pairs(split,  # 'train', 'valid' or 'test'
     size = _whole('size', getattr(p, split) if size is None else size, 1, 10**8)
     resolution = _whole('resolution', p.resolution if resolution is None else resolution, 16, 64)
     seed = _whole('seed', seed, 0, 2**63)
-    return Images(*_compose_all(split, size, resolution, d, seed), CLASSES, *_statistics(resolution, d, seed))
+    return Images(*_compose_all(split, size, resolution, d, seed), CLASSES,
+                  *_statistics(resolution, d, seed))
 
 # %% ../../nbs/data/digit_pairs.ipynb #1ef91dba
 def parts_at(parts,  # uint8, N x H x W: the true parts
              grid,  # (h, w): the feature map's, at most H x W
              min_share=.25,  # the share of a cell that a digit or clutter must cover to own it
             ):  # uint8, N x h x w
-    "The part of every cell of a feature map: the most frequent one besides background, if it covers enough of the cell."
+    """The part of every cell of a feature map: the most frequent one besides background, if it
+    covers enough of the cell."""
     if grid[0] > parts.shape[1] or grid[1] > parts.shape[2]:
-        raise ValueError(f'the grid {tuple(grid)} is finer than the parts, {tuple(parts.shape[1:])}')
+        raise ValueError(f'the grid {tuple(grid)} is finer than the parts, '
+                         f'{tuple(parts.shape[1:])}')
     return torch.cat([_parts_at(p, grid, min_share) for p in parts.split(4096)])
 
 def _parts_at(parts, grid, min_share):
     codes = torch.tensor([*range(10), CLUTTER], dtype=torch.uint8, device=parts.device)
-    share, which = torch.stack([F.adaptive_avg_pool2d((parts == c).float(), grid) for c in codes], 1).max(1)
+    share, which = torch.stack([F.adaptive_avg_pool2d((parts == c).float(), grid) for c in codes],
+                               1).max(1)
     return torch.where(share >= min_share, codes[which], BACKGROUND)

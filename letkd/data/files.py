@@ -7,7 +7,8 @@ __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'file
            'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'read_json']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
-import errno, glob, hashlib, io, json, math, os, pickletools, re, tarfile, threading, time, warnings, zipfile
+import errno, glob, hashlib, io, json, math, os, pickletools, re
+import tarfile, threading, time, warnings, zipfile
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from itertools import islice
@@ -36,7 +37,7 @@ def atomic(path,             # the final name; its folder is made
     "Write a file so that it is never seen half-written."
     path = Path(path)
     make_folder(path.parent)
-    for old in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):  # of a process that was killed
+    for old in path.parent.glob(f'.{glob.escape(path.name)}.*.part'): # of a process that was killed
         if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -46,7 +47,8 @@ def atomic(path,             # the final name; its folder is made
     except (OSError, SafetensorError) as e:
         full = getattr(e, 'errno', None) == errno.ENOSPC or f'os error {errno.ENOSPC}' in str(e)
         if not full: raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None  # with the file's name
+        # with the file's name
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/files.ipynb #d2fde5f8
@@ -56,13 +58,16 @@ def atomic(path,             # the final name; its folder is made
 def make_folder(folder: Path): # and those above it
     "Make a folder that can be written to, or say why there is none."
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise type(e)(f'{folder}: cannot be made ({e.strerror}); choose another place') from None
-    if not os.access(folder, os.W_OK): raise PermissionError(f'{folder}: no permission to write there; choose another place')
+    except OSError as e:
+        raise type(e)(f'{folder}: cannot be made ({e.strerror}); choose another place') from None
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f'{folder}: no permission to write there; choose another place')
 
 def check_place(path): # of a file to be written later
     "Say at once why a file could not be written there."
     make_folder(Path(path).absolute().parent)
-    if Path(path).is_dir(): raise IsADirectoryError(f'{path}: is a folder; expected the name of a file')
+    if Path(path).is_dir():
+        raise IsADirectoryError(f'{path}: is a folder; expected the name of a file')
 
 # %% ../../nbs/data/files.ipynb #7a4e7b9f
 def files_below(folder: Path # to search
@@ -85,8 +90,8 @@ def _receive(url: str, path: Path, about: str) -> Iterator[bytes]:
             while piece := response.read(1 << 20): yield piece
     except (OSError, HTTPException) as e:
         reason = getattr(e, 'reason', None) or str(e) or type(e).__name__
-        raise ConnectionError(f'{url}: not received ({reason}). Without a network, fetch it elsewhere ({about}) and put it '
-                              f'there as {path}') from None
+        raise ConnectionError(f'{url}: not received ({reason}). Without a network, fetch it '
+                              f'elsewhere ({about}) and put it there as {path}') from None
 
 def download(url: str,   # where it is published
              path: Path, # what it shall be called
@@ -101,7 +106,8 @@ def download(url: str,   # where it is published
             file.write(piece), found.update(piece), bar.update(len(piece))
             if (count := count + len(piece)) > size: break
         if (count, found.hexdigest()) == (size, md5): return
-        raise ValueError(f'{url}: found {count:,} bytes, MD5 {found.hexdigest()}; expected {about}. Nothing is kept; try again')
+        raise ValueError(f'{url}: found {count:,} bytes, MD5 {found.hexdigest()}; expected '
+                         f'{about}. Nothing is kept; try again')
 
 # %% ../../nbs/data/files.ipynb #eb68e908
 def md5_of(path) -> str: # 32 hexadecimal digits
@@ -120,12 +126,14 @@ def fetch(url: str,  # where it is published
     path = data_root(root)/url.rsplit('/', 1)[-1]
     if not path.exists(): download(url, path, size, md5)
     elif (found := md5_of(path)) != md5:
-        raise ValueError(f'{path}: found {path.stat().st_size:,} bytes, MD5 {found}; expected {size:,} bytes, MD5 {md5}. '
-                         'Delete it, and it is fetched again')
+        raise ValueError(f'{path}: found {path.stat().st_size:,} bytes, MD5 {found}; expected '
+                         f'{size:,} bytes, MD5 {md5}. Delete it, and it is fetched again')
     return path
 
 # %% ../../nbs/data/files.ipynb #00e1a14a
-def _line(text) -> str: # of another library's error: what it says, without its stack and the half of the file that it may quote
+def _line(text) -> str:
+    # of another library's error: what it says, without its stack and the half of the file that it
+    # may quote
     return f'{(str(text).splitlines() or [""])[0]:.200}'
 
 def _of_folder(path):
@@ -140,7 +148,8 @@ def _of_tar(path):
     with tarfile.open(path) as archive:
         for info in archive:
             if info.isdir(): continue
-            if not info.isfile(): raise ValueError(f'member {info.name!r} is neither a file nor a folder')
+            if not info.isfile():
+                raise ValueError(f'member {info.name!r} is neither a file nor a folder')
             yield info.name, info.size, lambda: archive.extractfile(info).read()
 
 # %% ../../nbs/data/files.ipynb #5659aaa2
@@ -152,16 +161,18 @@ def _inside(name): # the same, if it stays in the archive's folder
 def contents(path,             # of a .zip, a .tar, a compressed .tar, or a folder
              wanted: Callable, # name -> bool: is it to be read?
              limit: int = 2**30, # bytes that the files of an archive may come to, unpacked
-            ) -> Iterator[tuple[str, bytes]]: # names with /, as in the archive; in a folder, from the folder's own name on
+            ) -> Iterator[tuple[str, bytes]]: # names with /, as in the archive
     "Names and bytes of the files in an archive. Nothing is unpacked."
     path, total = Path(path), 0
     read = _of_folder if path.is_dir() else _of_zip if zipfile.is_zipfile(path) else _of_tar
     try:
         for name, size, get in read(path):
-            if (total := total + size) > limit: raise ValueError(f'its files come to more than {limit:,} bytes')
+            if (total := total + size) > limit:
+                raise ValueError(f'its files come to more than {limit:,} bytes')
             if wanted(_inside(name)): yield name, get()
     except FileNotFoundError: raise FileNotFoundError(f'{path}: not found') from None
-    except Exception as e:  # a decompressor of damaged bytes raises anything: OSError, EOFError, zlib.error, RuntimeError …
+    # a decompressor of damaged bytes raises anything: OSError, EOFError, zlib.error, RuntimeError …
+    except Exception as e:
         raise ValueError(f'{path}: not a sound archive: {_line(e) or type(e).__name__}') from None
 
 # %% ../../nbs/data/files.ipynb #1e0a5f83
@@ -169,7 +180,8 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM') # as Pillow calls
 
 def _pixels(image) -> Tensor: # 3 x H x W, of an opened image of Pillow
     if image.mode == 'F': raise ValueError('found pixels of floating point; expected 8 or 16 bits')
-    if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits
     if image.mode == 'P': image = image.convert('RGBA')  # a palette may be transparent
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
 
@@ -180,13 +192,18 @@ def decode(data: bytes, # of a file of one of `FORMATS`
           ) -> Tensor:  # uint8, 3 x H x W: red, green, blue
     "The pixels of an image file."
     try:
-        with _ALONE, warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _ALONE, warnings.catch_warnings(), Image.open(io.BytesIO(data),
+                                                           formats=FORMATS) as image:
             warnings.simplefilter('ignore')  # about metadata, which nobody reads
-            if image.format in ('JPEG', 'MPO'): return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            if (n := getattr(image, 'n_frames', 1)) > 1: raise ValueError(f'found an animation of {n} images; expected one')
+            if image.format in ('JPEG', 'MPO'):
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                                   ImageReadMode.RGB)
+            if (n := getattr(image, 'n_frames', 1)) > 1:
+                raise ValueError(f'found an animation of {n} images; expected one')
             return _pixels(image)
     except Exception as e:  # a decoder of damaged bytes raises anything
-        what = f'none of {", ".join(FORMATS)}' if isinstance(e, Image.UnidentifiedImageError) else re.sub(r'^\w+, \S+, ', '', _line(e))
+        what = (f'none of {", ".join(FORMATS)}' if isinstance(e, Image.UnidentifiedImageError)
+                else re.sub(r'^\w+, \S+, ', '', _line(e)))
         raise ValueError(f'{name}: not a sound image ({len(data):,} bytes): {what}') from None
 
 # %% ../../nbs/data/files.ipynb #a6515951
@@ -199,16 +216,20 @@ class Pickled(ValueError):
         super().__init__(f'{said}, and opening it could run any program, so it was not opened')
         self.weights = weights
 
-_PROGRAMS = {'constants.pkl': ('TorchScript', "torch.jit.load({!r}, map_location='cpu').state_dict()"),
-             'archive_format': ('torch.export', 'torch.export.load({!r}).state_dict')}  # by a member that only they have
+_PROGRAMS = {'constants.pkl': ('TorchScript', "torch.jit.load({!r}, "
+                               "map_location='cpu').state_dict()"),
+             # by a member that only they have
+             'archive_format': ('torch.export', 'torch.export.load({!r}).state_dict')}
 
 def _check_zip(path):
     with zipfile.ZipFile(path) as archive: members = archive.infolist()
     for member, (kind, weights) in _PROGRAMS.items():
         if any(info.filename.endswith(f'/{member}') for info in members):
-            raise Pickled(f'{path} holds a network as a program of {kind}', weights.format(str(path)))
+            raise Pickled(f'{path} holds a network as a program of {kind}',
+                          weights.format(str(path)))
     unpacked = sum(info.file_size for info in members)
-    if unpacked > os.path.getsize(path): raise ValueError(f'compressed, {unpacked:,} bytes if unpacked')
+    if unpacked > os.path.getsize(path):
+        raise ValueError(f'compressed, {unpacked:,} bytes if unpacked')
 
 # %% ../../nbs/data/files.ipynb #674421ad
 def _is_dict(path) -> bool: # does the outermost object begin as a dict does? Nothing is executed
@@ -216,44 +237,54 @@ def _is_dict(path) -> bool: # does the outermost object begin as a dict does? No
         file = stack.enter_context(open(path, 'rb'))
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
-            file = archive.open(next(name for name in archive.namelist() if name.endswith('/data.pkl')))
+            file = archive.open(next(name for name in archive.namelist()
+                                     if name.endswith('/data.pkl')))
         else:
-            for _ in range(3): [*pickletools.genops(file)]  # the old format: three pickles about the format come first
+            for _ in range(3):
+                # the old format: three pickles about the format come first
+                [*pickletools.genops(file)]
         begin = [(op.name, arg) for op, arg, _ in islice(pickletools.genops(file), 2)][-1]
     return begin[0] == 'EMPTY_DICT' or begin == ('GLOBAL', 'collections OrderedDict')
 
 def _refused(path, e: Exception) -> ValueError:
     if isinstance(e, Pickled): return e
-    said = str(e).rpartition('WeightsUnpickler error:')[2].strip()  # PyTorch's own message begins with advice to trust the file
+    # PyTorch's own message begins with advice to trust the file
+    said = str(e).rpartition('WeightsUnpickler error:')[2].strip()
     if not (found := re.search(r'GLOBAL ([\w.]+)', said)):
         return ValueError(f'{path}: no sound file of torch.save: {_line(said) or type(e).__name__}')
     try: several = _is_dict(path)
     except Exception: several = True  # damaged bytes raise anything
     load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
     if several: return Pickled(f'{path} holds Python objects ({found[1]:.80})', f"{load}['model']")
-    return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole network as a rule, which needs its author\'s code)', f'{load}.state_dict()')
+    return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole '
+                   f'network as a rule, which needs its author\'s code)', f'{load}.state_dict()')
 
 # %% ../../nbs/data/files.ipynb #6ffd651f
 def read_torch(path): # a file of `torch.save`; returns what was saved, tensors on the CPU
-    "Tensors, numbers, strings, lists and dicts that `torch.save` wrote. Nothing else is read, and nothing executed."
+    """Tensors, numbers, strings, lists and dicts that `torch.save` wrote. Nothing else is read, and
+    nothing executed."""
     with open(path, 'rb'): pass  # a file that is not there says so itself
     try:
         if zipfile.is_zipfile(path): _check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about formats that end in an error anyway
             return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise _refused(path, e) from None  # an unpickler of damaged bytes raises anything
+    except Exception as e:
+        raise _refused(path, e) from None  # an unpickler of damaged bytes raises anything
 
 # %% ../../nbs/data/files.ipynb #c6989696
 def read_tensors(path,             # a safetensors file
-                 names: Optional[Iterable] = None, # of the tensors to read, () for none of them; None: all
+                 # of the tensors to read, () for none of them; None: all
+                 names: Optional[Iterable] = None,
                 ) -> tuple:        # ({name: tensor}, {name: text} that the file says about itself)
     "Tensors of a safetensors file, on the CPU."
     with open(path, 'rb'): pass
     try:
         with safe_open(path, 'pt') as file:
-            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, file.metadata() or {}
-    except Exception as e: raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None
+                                                             else names)}, file.metadata() or {}
+    except Exception as e:
+        raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
 
 # %% ../../nbs/data/files.ipynb #f64f8c57
 def _finite(text) -> float: # NaN, Infinity, 1e999 are refused
@@ -264,7 +295,8 @@ def read_json(path) -> dict: # of finite numbers, strings, true, false and null,
     "A JSON file that holds an object."
     data = Path(path).read_bytes()
     try: found = json.loads(data.decode('utf-8'), parse_constant=_finite, parse_float=_finite)
-    except RecursionError: raise ValueError(f'{path}: not sound JSON: lists in lists without end') from None
+    except RecursionError:
+        raise ValueError(f'{path}: not sound JSON: lists in lists without end') from None
     except ValueError as e: raise ValueError(f'{path}: not sound JSON: {_line(e)}') from None
     if isinstance(found, dict): return found
     raise ValueError(f'{path}: found {type(found).__name__}; expected an object of JSON, in braces')

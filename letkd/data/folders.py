@@ -25,56 +25,76 @@ from .files import atomic, data_root, make_folder, read_tensors
 from .imagenet import PhotoBatches, Photos, ResizedCrop
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
-ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm')
+ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff',
+           '.ppm', '.pgm', '.pbm')
 
 def _below(folder: Path) -> Iterator[str]: # paths from `folder`
     "Every file that is not hidden; a link that leads back is not followed."
     been, top = set(), os.path.realpath(folder)
     for at, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
-        if real in been or real != top and f'{top}/'.startswith(f'{real}/'): folders.clear(); continue
+        if real in been or real != top and f'{top}/'.startswith(f'{real}/'):
+            folders.clear(); continue
         been.add(real)
         folders[:] = sorted(name for name in folders if name[0] != '.')
-        yield from (os.path.relpath(os.path.join(at, name), folder) for name in sorted(files) if name[0] != '.')
+        yield from (os.path.relpath(os.path.join(at, name), folder) for name in sorted(files)
+                    if name[0] != '.')
 
 def _folders(path: Path) -> list: # names, in order
     return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != '.')
 
 def _is_photo(name: str) -> bool: return name.lower().endswith(ENDINGS)
 
-# %% ../../nbs/data/folders.ipynb #781f3fb7
+# %% ../../nbs/data/folders.ipynb #77f5b0ef
 def _listing(folder: Path) -> Photos: # the classes in turn
     "Every photo below the class folders, listed and not read."
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: found no such folder; expected one that holds a folder of photos for every class')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: found no such folder; expected one that holds a folder '
+                                'of photos for every class')
     classes, names, labels, other = _folders(folder), [], [], Counter()
     if len(classes) < 2:
-        found, hint = (f'one class folder, {classes[0]!r}', f'; do they lie in {folder/classes[0]}?') if classes else ('no class folder', '')
-        raise ValueError(f'{folder}: found {found}; expected a folder of photos for every class, of two or more{hint}')
+        found, hint = ((f'one class folder, {classes[0]!r}',
+                        f'; do they lie in {folder/classes[0]}?') if classes
+                       else ('no class folder', ''))
+        raise ValueError(f'{folder}: found {found}; expected a folder of photos for every '
+                         f'class, of two or more{hint}')
     for label, name in enumerate(classes):
         files = [os.path.join(name, file) for file in _below(folder/name)]
         own = [file for file in files if _is_photo(file)]
         other.update(os.path.splitext(file)[1] or file for file in files if not _is_photo(file))
-        if not own: raise ValueError(f'{folder/name}: found no photo{_counted(other)}; expected some ({", ".join(ENDINGS)}), or no such folder')
+        if not own:
+            raise ValueError(f'{folder/name}: found no photo{_counted(other)}; expected some '
+                             f'({", ".join(ENDINGS)}), or no such folder')
         names += own; labels += [label] * len(own)
-    other.update(p.suffix for p in folder.iterdir() if p.is_file() and _is_photo(p.name))  # beside the class folders
-    if other: warnings.warn(f'{folder}: left out {other.total()} files that are no photos in class folders{_counted(other)}')
+    # beside the class folders
+    other.update(p.suffix for p in folder.iterdir() if p.is_file() and _is_photo(p.name))
+    if other:
+        warnings.warn(f'{folder}: left out {other.total()} files that are no photos in class '
+                      f'folders{_counted(other)}')
     order = in_turn(torch.tensor(labels))
-    return Photos(folder, np.array([os.fsencode(name) for name in names])[order], torch.tensor(labels)[order], tuple(classes))
+    return Photos(folder, np.array([os.fsencode(name) for name in names])[order],
+                  torch.tensor(labels)[order], tuple(classes))
 
-def _counted(other: Counter) -> str: return f' ({", ".join(f"{n} {ending}" for ending, n in other.most_common(5))})' if other else ''
+# %% ../../nbs/data/folders.ipynb #781f3fb7
+def _counted(other: Counter) -> str:
+    return f' ({", ".join(f"{n} {ending}" for ending, n in other.most_common(5))})' if other else ''
 
 # %% ../../nbs/data/folders.ipynb #2728d6b5
 _TRAIN, _TESTS = ('train', 'training'), ('test', 'testing', 'val', 'valid', 'validation')
 
 def _apart(path: Path) -> dict: # {its word: a folder that somebody has split off}
-    "Folders with the name of a split that hold folders; a class may be called 'train', and holds photos."
+    """Folders with the name of a split that hold folders; a class may be called 'train', and holds
+    photos."""
     there = {p.name.lower(): p for p in map(path.joinpath, _folders(path))} if path.is_dir() else {}
-    apart = {word: there[word] for word in (*_TRAIN, *_TESTS) if word in there and _folders(there[word])}
+    apart = {word: there[word] for word in (*_TRAIN, *_TESTS) if word in there
+             and _folders(there[word])}
     if not apart: return {}
     trains, others = [word for word in apart if word in _TRAIN], sorted(set(there) - set(apart))
     if len(trains) == 1 and (len(apart) > 1 or not others): return apart
-    raise ValueError(f'{path}: found {", ".join(f"{p.name}/" for p in apart.values())} with folders inside' + f', beside {others[:4]}' * bool(others) +
-                     '; expected train/, and beside it val/ or test/, or class folders of photos alone')
+    raise ValueError(f'{path}: found {", ".join(f"{p.name}/" for p in apart.values())} '
+                     'with folders inside' + f', beside {others[:4]}' * bool(others) +
+                     '; expected train/, and beside it val/ or test/, or class folders of '
+                     'photos alone')
 
 def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
     "The photos of the splits, by the table above."
@@ -83,17 +103,21 @@ def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
     train = next((folder for word, folder in apart.items() if word in _TRAIN), path)
     if tests: known = dict(zip(('train', 'test', 'valid'), map(_listing, (train, *tests))))
     else: known = dict(zip(('train', 'test'), _parts(_listing(train), .2)))
-    if held_out and len(tests) < 2: known |= dict(zip(('train', 'valid'), _parts(known['train'], held_out)))
+    if held_out and len(tests) < 2:
+        known |= dict(zip(('train', 'valid'), _parts(known['train'], held_out)))
     for photos in known.values():
         if photos.classes != known['train'].classes:
-            raise ValueError(f'{photos.folder}: found the classes {photos.classes[:5]}, {len(photos.classes)} in all; expected the '
+            raise ValueError(f'{photos.folder}: found the classes {photos.classes[:5]}, '
+                             f'{len(photos.classes)} in all; expected the '
                              f"{len(known['train'].classes)} of {known['train'].folder}")
     return known
 
 # %% ../../nbs/data/folders.ipynb #a1c7f005
 def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
     order = sorted(range(len(photos)), key=lambda i: hashlib.sha256(photos.names[i]).digest())
-    try: return tuple(photos.subset(i) for i in hold_out(photos.labels, share, order=torch.tensor(order)))
+    try:
+        return tuple(photos.subset(i) for i in hold_out(photos.labels, share,
+                                                        order=torch.tensor(order)))
     except ValueError as e: raise ValueError(f'{photos.folder}: {e}') from None
 
 # %% ../../nbs/data/folders.ipynb #a1c7f007
@@ -102,32 +126,38 @@ def folder_identity(path # of the folder
     "A hash of every photo's name and size in bytes, whatever the folder is called."
     path, found = Path(path).expanduser(), []
     for split, photos in sorted(_splits(path, 0.).items()):
-        found += sorted([split, os.fsdecode(name), _about(photos, i)[0]] for i, name in enumerate(photos.names))
+        found += sorted([split, os.fsdecode(name), _about(photos, i)[0]] for i,
+                        name in enumerate(photos.names))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last change
     try: about = photos.path(i).stat()
-    except OSError as e: raise ValueError(f'{photos.path(i)}: cannot be read ({e.strerror})') from None
+    except OSError as e:
+        raise ValueError(f'{photos.path(i)}: cannot be read ({e.strerror})') from None
     return about.st_size, about.st_mtime_ns
 
 # %% ../../nbs/data/folders.ipynb #fce83c3b
 _FORMAT = 'letkd folder 2'
-_LIMIT = 2**31  # bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
+# bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
+_LIMIT = 2**31
 
 def _key(photos: Photos) -> str: # 64 hexadecimal digits
     stats = [(os.fsdecode(name), *_about(photos, i)) for i, name in enumerate(photos.names)]
-    about = [_FORMAT, str(photos.folder.resolve()), photos.resolution, stats, photos.labels.tolist()]
+    about = [_FORMAT, str(photos.folder.resolve()), photos.resolution, stats,
+             photos.labels.tolist()]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution x resolution
-    "Every photo, decoded and brought to one size; where no size was given, they must have it already."
+    """Every photo, decoded and brought to one size; where no size was given, they must have it
+    already."""
     size = photos.resolution
-    shape, pixels = Compose([Resize(size, antialias=True), CenterCrop(size)]), torch.empty(len(photos), 3, size, size, dtype=torch.uint8)
+    shape, pixels = (Compose([Resize(size, antialias=True), CenterCrop(size)]),
+                     torch.empty(len(photos), 3, size, size, dtype=torch.uint8))
     for i in tqdm(range(len(photos)), str(photos.folder), disable=None):
         x = photos.read(i)
         if not given and x.shape[1:] != (size, size):
-            raise ValueError(f'{photos.path(i)}: found {x.shape[2]} x {x.shape[1]} pixels, others have {size} x {size}; '
-                             f'give a resolution, such as resolution={size}')
+            raise ValueError(f'{photos.path(i)}: found {x.shape[2]} x {x.shape[1]} pixels, others '
+                             f'have {size} x {size}; give a resolution, such as resolution={size}')
         pixels[i] = shape(x)
     return pixels
 
@@ -135,11 +165,15 @@ def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution
 def _decode(photos: Photos, given: bool, path: Path):
     size, free = len(photos) * 3 * photos.resolution**2, shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(f'{path}: {size:,} bytes of pixels will not fit, {free:,} are free; make room, or choose another place by LETKD_DATA')
+        raise OSError(f'{path}: {size:,} bytes of pixels will not fit, {free:,} are free; make '
+                      'room, or choose another place by LETKD_DATA')
     pixels = _squares(photos, given)
     mean, std = statistics(pixels)
-    if min(std) == 0: raise ValueError(f'{photos.folder}: found photos of one colour only; expected pixels that differ')
-    with atomic(path) as part: save_file(dict(images=pixels), part, dict(about=json.dumps(dict(mean=mean, std=std))))
+    if min(std) == 0:
+        raise ValueError(f'{photos.folder}: found photos of one colour only; expected pixels '
+                         'that differ')
+    with atomic(path) as part:
+        save_file(dict(images=pixels), part, dict(about=json.dumps(dict(mean=mean, std=std))))
 
 def _cached(photos: Photos, given: bool, root) -> tuple: # (pixels, mean, std)
     "The pixels and their statistics, from the file, which is made if it is not there."
@@ -151,28 +185,33 @@ def _cached(photos: Photos, given: bool, root) -> tuple: # (pixels, mean, std)
         tensors, about = read_tensors(path)
         mean, std = (tuple(json.loads(about['about'])[k]) for k in ('mean', 'std'))
         return tensors['images'], mean, std
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path}: {e}. Delete it, and the photos are decoded again') from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path}: {e}. Delete it, and the photos are decoded again') from None
 
 # %% ../../nbs/data/folders.ipynb #0880e45e
 def _resolution(photos: Photos) -> int: # of photos that have one
     "The side of the first photo, a square."
     h, w = photos.read(0).shape[1:]
     if h == w: return h
-    raise ValueError(f'{photos.path(0)}: found {w} x {h} pixels; expected a square, or a resolution, such as resolution=32: '
+    raise ValueError(f'{photos.path(0)}: found {w} x {h} pixels; expected a square, or a '
+                     'resolution, such as resolution=32: '
                      'the shorter side is brought to it, and the centre taken')
 
 # %% ../../nbs/data/folders.ipynb #17834cbe
 def folder(split: str,          # 'train', 'valid' or 'test', see the table above
            path,                # of the folder
            size: Optional[int] = None, # the first so many photos, the classes in turn; None: all
-           resolution: Optional[int] = None, # pixels, of the squares that a network sees; None: the photos' own
-           held_out: float = 0., # share of each class's training photos that is 'valid', where no folder is
+           # pixels, of the squares that a network sees; None: the photos' own
+           resolution: Optional[int] = None,
+           # share of each class's training photos that is 'valid', where no folder is
+           held_out: float = 0.,
            root = None,         # of what is decoded, see `letkd.data.files.data_root`
           ):                    # `Images`, or `Photos` where they are too many
     "A split of a folder that holds class folders of photos."
     known, given = _splits(Path(path).expanduser(), held_out), resolution is not None
     if split not in known:
-        raise ValueError(f'split: found {split!r}; expected one of {", ".join(known)}' + ", or a share of 'train' for 'valid', "
+        raise ValueError(f'split: found {split!r}; expected one of {", ".join(known)}'
+                         + ", or a share of 'train' for 'valid', "
                          "such as held_out=.1" * (split == 'valid'))
     side = resolution or _resolution(known['train'])
     known = {name: replace(photos, resolution=side) for name, photos in known.items()}
@@ -181,14 +220,17 @@ def folder(split: str,          # 'train', 'valid' or 'test', see the table abov
         _, mean, std = _cached(first(train, min(2000, len(train))), given, root)
         return first(replace(photos, mean=mean, std=std), size)
     _, mean, std = _cached(train, given, root)
-    return first(Images(_cached(photos, given, root)[0], photos.labels, None, photos.classes, mean, std), size)
+    return first(Images(_cached(photos, given, root)[0], photos.labels, None, photos.classes, mean,
+                        std), size)
 
 # %% ../../nbs/data/folders.ipynb #c49ae40c
 def folder_batches(images,          # `Images` or `Photos`
                    batch_size: int, # images in a batch
-                   augment: Optional[Augment] = None, # for `Images`; photos in files are cropped at random instead
+                   # for `Images`; photos in files are cropped at random instead
+                   augment: Optional[Augment] = None,
                    **settings,      # of `Batches` and `PhotoBatches` alike
                   ):                # `Batches` or `PhotoBatches`
     "The batches that fit the kind of set."
     if isinstance(images, Images): return Batches(images, batch_size, augment, **settings)
-    return PhotoBatches(images, batch_size, ResizedCrop(flip=augment.flip) if augment else None, **settings)
+    return PhotoBatches(images, batch_size, ResizedCrop(flip=augment.flip) if augment else None,
+                        **settings)

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import CenterCrop, Compose, RandomHorizontalFlip, RandomResizedCrop, Resize
+from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 
 from .batches import Resumable, first, hold_out, in_turn, normalise
 from .files import data_root, decode
@@ -58,35 +59,45 @@ class Photos:
 def _listing(folder: Path) -> tuple: # names, labels, classes
     "What lies in a split's folder, the classes in turn."
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}: not found. Put or link ImageNet there: train/ and val/, in each a folder of photos '
+        raise FileNotFoundError(f'{folder}: not found. Put or link ImageNet there: train/ '
+                                'and val/, in each a folder of photos '
                                 'for every class (n01440764 …); or give another root')
     try: found = ImageFolder(folder)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{folder}: {e}. Expected a folder of photos for every class; '
-                                'if the photos of val/ lie side by side, sort them into such folders first') from None
+                                'if the photos of val/ lie side by side, sort them into such '
+                                'folders first') from None
     labels = torch.tensor(found.targets)
     order = in_turn(labels)
-    return np.array([os.fsencode(os.path.relpath(found.samples[i][0], folder)) for i in order]), labels[order], tuple(found.classes)
+    return (np.array([os.fsencode(os.path.relpath(found.samples[i][0], folder)) for i in order]),
+            labels[order], tuple(found.classes))
 
 # %% ../../nbs/data/imagenet.ipynb #e82a6321
 _FOLDERS = dict(train='train', valid='train', test='val')
 
 def imagenet(split: str,             # 'train', 'valid' or 'test'
              size: Optional[int] = None, # the first so many photos, the classes in turn; None: all
-             root = None,            # the folder of data sets, with ImageNet as imagenet/; see `letkd.data.files.data_root`
-             held_out: int = 0,      # training photos of each class that are 'valid', not 'train'; the paper's tables: 0
+             # the folder of data sets, with ImageNet as imagenet/; see `letkd.data.files.data_root`
+             root = None,
+             # training photos of each class that are 'valid', not 'train'; the paper's tables: 0
+             held_out: int = 0,
              resolution: int = 224,  # pixels
             ) -> Photos:             # 1,000 classes
     "A split of ImageNet, listed and not read."
-    if split not in _FOLDERS: raise ValueError(f'split: found {split!r}; expected one of {", ".join(_FOLDERS)}')
+    if split not in _FOLDERS:
+        raise ValueError(f'split: found {split!r}; expected one of {", ".join(_FOLDERS)}')
     if split == 'valid' and not held_out:
-        raise ValueError("ImageNet's validation photos are the 'test' of the published tables: for 'valid' hold out training "
-                         "photos of each class, such as held_out=50, with 'train' and 'valid' alike")
+        raise ValueError("ImageNet's validation photos are the 'test' of the published tables: for "
+                         "'valid' hold out training "
+                         "photos of each class, such as held_out=50, with 'train' and "
+                         "'valid' alike")
     folder = data_root(root)/'imagenet'/_FOLDERS[split]
     photos = Photos(folder, *_listing(folder), resolution)
     if photos.classes != (known := _listing(folder.parent/'train')[2]):
-        raise ValueError(f'{folder}: found {len(photos.classes)} classes that are not the {len(known)} of train/')
-    if held_out and split != 'test': photos = photos.subset(hold_out(photos.labels, held_out)[split == 'valid'])
+        raise ValueError(f'{folder}: found {len(photos.classes)} classes that are not the '
+                         f'{len(known)} of train/')
+    if held_out and split != 'test':
+        photos = photos.subset(hold_out(photos.labels, held_out)[split == 'valid'])
     return first(photos, size)
 
 # %% ../../nbs/data/imagenet.ipynb #eeee0e16
@@ -99,7 +110,8 @@ class ResizedCrop:
 def _transform(photos: Photos, augment: Optional[ResizedCrop]):
     "From a photo to a square, uint8 both."
     size = photos.resolution
-    if augment is None: return Compose([Resize(size * 256 // 224, antialias=True), CenterCrop(size)])
+    if augment is None:
+        return Compose([Resize(size * 256 // 224, antialias=True), CenterCrop(size)])
     crop = RandomResizedCrop(size, (augment.smallest, 1.), antialias=True)
     return Compose([crop, RandomHorizontalFlip()]) if augment.flip else crop
 
@@ -112,7 +124,8 @@ class _Squares:
     def __getitem__(self, i: int):
         word = np.random.SeedSequence((*self.key, i)).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(word))  # of the CPU alone; torch.manual_seed would reseed CUDA as well
+            # of the CPU alone; torch.manual_seed would reseed CUDA as well
+            torch.default_generator.manual_seed(int(word))
             try: return self.transform(self.photos.read(i))
             except ValueError as e: return e
 
@@ -131,10 +144,13 @@ class PhotoBatches(Resumable):
                  augment: Optional[ResizedCrop] = None, # None: the centre of each photo
                  shuffle: bool = False,   # a new order in each epoch
                  drop_last: bool = False, # leave out a last batch that is not full
-                 seed: int = 0,        # of order and augmentation; global generators are neither read nor changed
+                 # of order and augmentation; global generators are neither read nor changed
+                 seed: int = 0,
                  device = None,        # where the batches are made; None: where `images` says
-                 workers: Optional[int] = None, # processes that read; 0: this one; None: as many as there are cores
-                 share: tuple = (0, 1), # (i, P): the i-th of P parts of each batch; other processes have the rest
+                 # processes that read; 0: this one; None: as many as there are cores
+                 workers: Optional[int] = None,
+                 # (i, P): the i-th of P parts of each batch; other processes have the rest
+                 share: tuple = (0, 1),
                 ):
         super().__init__(images, batch_size, augment, shuffle, drop_last, seed, device, share)
         self.workers = _cores() if workers is None else workers

@@ -52,20 +52,24 @@ def _read(source: Path) -> tuple: # (texts, photos): by name
         if name.endswith('.txt'): texts[name.split('/')[-1]] = data.decode('utf-8', 'replace')
         else: photos[name] = decode(data, name)
     for name in ('wnids.txt', 'words.txt', 'val_annotations.txt'):
-        if name not in texts: raise ValueError(f'{source}: holds no {name}; expected the layout of {NAME}.zip')
+        if name not in texts:
+            raise ValueError(f'{source}: holds no {name}; expected the layout of {NAME}.zip')
     for name, x in photos.items():
-        if x.shape != (3, 64, 64): raise ValueError(f'{name}: found {x.shape[2]} x {x.shape[1]} pixels; expected 64 x 64')
+        if x.shape != (3, 64, 64):
+            raise ValueError(f'{name}: found {x.shape[2]} x {x.shape[1]} pixels; expected 64 x 64')
     return texts, photos
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #8cb8dc43
 def _tensors(texts: dict, photos: dict, split: str, wnids: list) -> tuple: # pixels, labels
     "One split, the classes in turn."
-    names = sorted((n for n in photos if n.split('/')[1] == split), key=lambda n: (len(n), n))  # 2 before 10
+    # 2 before 10
+    names = sorted((n for n in photos if n.split('/')[1] == split), key=lambda n: (len(n), n))
     notes = _annotations(texts['val_annotations.txt'])
     labels = torch.tensor([_label(n, notes, wnids) for n in names])
     counts = labels.bincount(minlength=len(wnids)) if names else torch.zeros(1)
     if counts.min() < 1 or split == 'val' and (counts.min() != counts.max() or counts[0] % 2):
-        raise ValueError(f'{split}: found {int(counts.min())} .. {int(counts.max())} images of a class; expected at least one'
+        raise ValueError(f'{split}: found {int(counts.min())} .. {int(counts.max())} images of a '
+                         'class; expected at least one'
                          + ', an even number and the same for all' * (split == 'val'))
     order = in_turn(labels)
     return torch.stack([photos[names[i]] for i in order]), labels[order]
@@ -85,31 +89,39 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
         wnids, names = _classes(texts['wnids.txt'], texts['words.txt'])
         tensors = {f'{split}.{key}': t for split in ('train', 'val')
                    for key, t in zip(('images', 'labels'), _tensors(texts, photos, split, wnids))}
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
     mean, std = statistics(tensors['train.images'])
     with atomic(path) as part:
-        save_file(tensors, part, metadata=dict(format=_FORMAT, about=json.dumps(dict(classes=names, mean=mean, std=std))))
+        save_file(tensors, part, metadata=dict(format=_FORMAT,
+                                               about=json.dumps(dict(classes=names, mean=mean,
+                                                                     std=std))))
     return path
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #311d1fcf
 def _checked(path: Path, split: str) -> Images:
     "A split from the file of tensors, if that is what it is."
     tensors, about = read_tensors(path, [f'{split}.images', f'{split}.labels'])
-    if about.get('format') != _FORMAT: raise ValueError(f'found format {about.get("format")!r}; expected {_FORMAT!r}')
+    if about.get('format') != _FORMAT:
+        raise ValueError(f'found format {about.get("format")!r}; expected {_FORMAT!r}')
     images = Images(*tensors.values(), None, **json.loads(about['about']))
-    if len(images) < 2 or images.images.shape[2:] != (64, 64): raise ValueError(f'found images {tuple(images.images.shape)}; expected N x 3 x 64 x 64')
+    if len(images) < 2 or images.images.shape[2:] != (64, 64):
+        raise ValueError(f'found images {tuple(images.images.shape)}; expected N x 3 x 64 x 64')
     return images
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #65abfd48
-_HALF = dict(train=('train', 0, 1), valid=('val', 0, .5), test=('val', .5, 1))  # split: where, from, to
+# split: where, from, to
+_HALF = dict(train=('train', 0, 1), valid=('val', 0, .5), test=('val', .5, 1))
 
 def tiny_imagenet(split: str,     # 'train', 'valid' or 'test'
-                  size: Optional[int] = None, # the first so many images, the classes in turn; None: all
+                  # the first so many images, the classes in turn; None: all
+                  size: Optional[int] = None,
                   root = None,    # the folder of data sets, see `letkd.data.files.data_root`
                   md5: str = MD5, # of the zip, if that is what there is
                  ) -> Images:     # 64 x 64, 200 classes
     "A split of Tiny-ImageNet, downloaded and decoded when it is needed for the first time."
-    if split not in _HALF: raise ValueError(f'split: found {split!r}; expected one of {", ".join(_HALF)}')
+    if split not in _HALF:
+        raise ValueError(f'split: found {split!r}; expected one of {", ".join(_HALF)}')
     where, begin, end = _HALF[split]
     path = _decoded(root, md5)
     try: images = _checked(path, where)

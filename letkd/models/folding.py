@@ -18,8 +18,10 @@ from ..layer import folded
 # %% ../../nbs/models/folding.ipynb #0cc30239
 def channels_last(model: nn.Module # any network; changed in place
                  ) -> nn.Module:   # the same
-    "Store the kernels of convolutions with the channels last, except in networks that have a narrow 1x1 of stride 2."
-    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8
+    """Store the kernels of convolutions with the channels last, except in networks that have a
+    narrow 1x1 of stride 2."""
+    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+                 and m.in_channels < 8
                  for m in model.modules())
     return model if narrow else model.to(memory_format=torch.channels_last)
 
@@ -40,12 +42,16 @@ _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m, path): return isinstance(m, _LINEAR + _NORMS) or super().is_leaf_module(m, path)
+    def is_leaf_module(self, m, path):
+        return isinstance(m, _LINEAR + _NORMS) or super().is_leaf_module(m, path)
 
 def _graph(model: nn.Module) -> fx.Graph: # empty where `forward` cannot be followed
-    defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items() if p.default is not p.empty}
+    defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()
+                if p.default is not p.empty}
     try: return _Tracer().trace(copy.deepcopy(model), defaults)
-    except Exception: return fx.Graph()  # control flow that depends on values: whatever it raised, nothing is folded
+    except Exception:
+        # control flow that depends on values: whatever it raised, nothing is folded
+        return fx.Graph()
 
 # %% ../../nbs/models/folding.ipynb #08c04431
 def _alone(model: nn.Module, graph: fx.Graph) -> set: # of paths
@@ -55,13 +61,16 @@ def _alone(model: nn.Module, graph: fx.Graph) -> set: # of paths
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     used.update(id(m) for _, m in model.named_modules(remove_duplicate=False))
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks
-    return {path for path, m in model.named_modules() if calls[path] == 1 and path not in direct and not hooked(m)
+    return {path for path, m in model.named_modules() if calls[path] == 1 and path not in direct
+            and not hooked(m)
             and all(used[id(one)] == 1 for one in (m, *m.parameters()))}
 
 # %% ../../nbs/models/folding.ipynb #c2c225de
-_KEEP = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity)  # vectors in, vectors out
+# vectors in, vectors out
+_KEEP = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity)
 
-def _vectors(node: fx.Node, modules: dict) -> bool: # is what this node gives B x C, whatever it is given?
+def _vectors(node: fx.Node, modules: dict
+            ) -> bool: # is what this node gives B x C, whatever it is given?
     module = modules.get(node.target) if node.op == 'call_module' else None
     if isinstance(module, _KEEP): return _vectors(node.args[0], modules)
     if isinstance(module, nn.Flatten): return (module.start_dim, module.end_dim) == (1, -1)
@@ -73,30 +82,38 @@ def _pairs(model: nn.Module) -> list: # of (path of the convolution, path of its
     alone = _alone(model, graph)
     for node in graph.nodes:
         behind = next(iter(node.users)) if len(node.users) == 1 else node
-        if not {node.target, behind.target} <= alone or behind.args != (node,) or behind.kwargs: continue
+        if not {node.target, behind.target} <= alone or behind.args != (node,) or behind.kwargs:
+            continue
         conv, norm = modules[node.target], modules[behind.target]
-        if type(conv) not in _LINEAR or type(norm) not in _NORMS or not norm.track_running_stats: continue
+        if type(conv) not in _LINEAR or type(norm) not in _NORMS or not norm.track_running_stats:
+            continue
         if type(conv) is nn.Linear and not _vectors(node.args[0], modules): continue
         found.append((node.target, behind.target))
     return found
 
 # %% ../../nbs/models/folding.ipynb #4ae5344b
 def inference_form(model: nn.Module,         # any network, a teacher as a rule; left as it is
-                   taps: Iterable[str] = (), # where maps will be read; only those between a convolution and its normalisation matter
-                  ) -> nn.Module:            # a copy in eval mode, without gradients; the paths of its modules are the same
-    "The fastest form of a network that is not trained: normalisations (@eq-fold-norm) and KD layers folded, channels last."
+                   # where maps will be read; those between a convolution and its norm matter
+                   taps: Iterable[str] = (),
+                  ) -> nn.Module: # a copy in eval mode, without gradients, with the same paths
+    """The fastest form of a network that is not trained: normalisations (@eq-fold-norm) and KD
+    layers folded, channels last."""
     model, taps = folded(model), {tap.partition('@')[0] for tap in taps}
-    if isinstance(model, torch.jit.ScriptModule): return model  # a program: its modules stay as they are
+    if isinstance(model, torch.jit.ScriptModule):
+        return model  # a program: its modules stay as they are
     model.requires_grad_(False)
     for conv, norm in _pairs(model):
         if taps & {conv, f'{norm}:input'}: continue
         (parent, _, name), first = norm.rpartition('.'), model.get_submodule(conv)
         _fold(first, model.get_submodule(norm))
         setattr(model.get_submodule(parent), name, nn.Identity())
-        first.hidden, model.get_submodule(norm).hidden = 'output', 'input'  # `letkd.taps.resolve` looks there
+        # `letkd.taps.resolve` looks there
+        first.hidden, model.get_submodule(norm).hidden = 'output', 'input'
     return channels_last(model)
 
 # %% ../../nbs/models/folding.ipynb #d17c90ab
 def fold_teacher(distiller: nn.Module): # a `letkd.Distiller`
-    "Its teacher runs in the inference form from now on; the network that was given is left as it is."
-    if distiller.teacher is not None: distiller.__dict__['teacher'] = inference_form(distiller.teacher, distiller.taps('teacher'))
+    """Its teacher runs in the inference form from now on; the network that was given is left as it
+    is."""
+    if distiller.teacher is not None:
+        distiller.__dict__['teacher'] = inference_form(distiller.teacher, distiller.taps('teacher'))

@@ -25,7 +25,8 @@ class Imported:
 IMPORTED = {} # {name of the module: `Imported`}
 PACKAGES = {} # {installed package whose entry point was taken: version}
 
-def versions() -> dict: # {file: SHA-256} and {'package NAME': version}; empty where nothing is one's own
+def versions() -> dict:
+    # {file: SHA-256} and {'package NAME': version}; empty where nothing is one's own
     "What was imported, as records keep it."
     files = {name: sha for found in IMPORTED.values() for name, sha in found.files.items()}
     return files | {f'package {name}': version for name, version in PACKAGES.items()}
@@ -35,10 +36,12 @@ def _sha(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 def _neighbours(folder: Path, before: set) -> dict: # names of modules that were there before
     "The files below a folder that an import has brought in; installed packages are none."
-    files = [getattr(sys.modules[name], '__file__', None) for name in sorted(set(sys.modules) - before)]
+    files = [getattr(sys.modules[name], '__file__', None)
+             for name in sorted(set(sys.modules) - before)]
     paths = [Path(file).resolve() for file in files if file]
     paths = [p for p in paths if p.is_relative_to(folder) and p.suffix == '.py']
-    own = [p for p in paths if not any(part.endswith('-packages') for part in p.relative_to(folder).parts)]
+    own = [p for p in paths if not any(part.endswith('-packages')
+                                       for part in p.relative_to(folder).parts)]
     return {p.relative_to(folder).as_posix(): _sha(p.read_bytes()) for p in own}
 
 # %% ../../nbs/models/imports.ipynb #d88f663f
@@ -48,7 +51,8 @@ def fault(error: BaseException, # what came out of code of one's own
     "What went wrong, and where."
     frames = traceback.extract_tb(error.__traceback__)
     places = [(f.filename, f.lineno) for f in frames if Path(f.filename).is_relative_to(folder)]
-    if isinstance(error, SyntaxError) and error.filename: places.append((error.filename, error.lineno))
+    if isinstance(error, SyntaxError) and error.filename:
+        places.append((error.filename, error.lineno))
     where = f'{Path(places[-1][0]).name}, line {places[-1][1]}: ' if places else ''
     said = ' '.join(str(getattr(error, 'msg', error)).split())
     return f'{where}{type(error).__name__}: {said}'
@@ -58,7 +62,8 @@ def _other(name: str, path: Path): # a file
     found = sys.modules.get(name) or importlib.util.find_spec(name)
     file = getattr(found, '__file__', None) or getattr(found, 'origin', None)
     if found is None or file and Path(file).resolve() == path: return None
-    return None if getattr(found, 'submodule_search_locations', None) and not file else file or 'a part of Python'
+    return None if getattr(found, 'submodule_search_locations',
+                           None) and not file else file or 'a part of Python'
 
 # %% ../../nbs/models/imports.ipynb #0533b664
 def _execute(given: str, path: Path, name: str, data: bytes) -> ModuleType:
@@ -79,25 +84,32 @@ def _load_file(given: str) -> Imported:
     name, data = path.stem, path.read_bytes()
     known = IMPORTED.get(name)
     if not name.isidentifier():
-        raise ImportError(f'--import {given}: found the name {name!r}; expected letters, digits and _, such as my_nets.py')
+        raise ImportError(f'--import {given}: found the name {name!r}; expected letters, '
+                          'digits and _, such as my_nets.py')
     if other := _other(name, path):
-        raise ImportError(f'--import {given}: found another module called {name}, {other}; expected a name of its own')
+        raise ImportError(f'--import {given}: found another module called {name}, {other}; '
+                          'expected a name of its own')
     if known and known.files[path.name] == _sha(data): return known
     before, places, files = set(sys.modules), [*sys.path], known.files if known else {}
     if str(path.parent) not in places: sys.path.append(str(path.parent))
     try: module = _execute(given, path, name, data)
     except ImportError: sys.path[:] = places; raise
-    return Imported(given, module, files | _neighbours(path.parent, before) | {path.name: _sha(data)})
+    return Imported(given, module, files | _neighbours(path.parent, before)
+                    | {path.name: _sha(data)})
 
 # %% ../../nbs/models/imports.ipynb #e241d742
 def _load_module(name: str) -> Imported:
     before = set(sys.modules)
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     try: module = importlib.import_module(name)
-    except (Exception, SystemExit) as error: raise ImportError(f'--import {name}: {fault(error, Path.cwd())}') from error
+    except (Exception, SystemExit) as error:
+        raise ImportError(f'--import {name}: {fault(error, Path.cwd())}') from error
     path = Path(getattr(module, '__file__', None) or '.').resolve()
-    if path.suffix != '.py': raise ImportError(f'--import {name}: found no file of Python; expected a file, or a module of a package')
-    return Imported(name, module, _neighbours(path.parent, before) | {path.name: _sha(path.read_bytes())})
+    if path.suffix != '.py':
+        raise ImportError(f'--import {name}: found no file of Python; expected a file, or a module '
+                          'of a package')
+    return Imported(name, module, _neighbours(path.parent, before)
+                    | {path.name: _sha(path.read_bytes())})
 
 def load(given: str, # path of a file that ends in .py, or the name of a module
         ) -> ModuleType: # what it holds
@@ -114,5 +126,6 @@ def forget():
     for name, module in [*sys.modules.items()]:
         file = getattr(module, '__file__', None)
         if file and str(Path(file).resolve()) in own: del sys.modules[name]
-    sys.path[:] = [place for place in sys.path if place not in {str(found.folder) for found in IMPORTED.values()}]
+    sys.path[:] = [place for place in sys.path if place not in {str(found.folder)
+                                                                for found in IMPORTED.values()}]
     IMPORTED.clear()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/mobilenetv2.ipynb #24a9631e
 def _conv_bn(c_in, c_out, size=1, stride=1, groups=1):
-    return [nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
+    return [nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False),
+            nn.BatchNorm2d(c_out)]
 
 class InvertedResidual(nn.Module):
     "Expand, filter each channel, project; add what came in where the shapes agree (@eq-inverted)."
@@ -31,10 +32,13 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x + self.conv(x) if self.adds else self.conv(x)
 
 # %% ../../nbs/models/mobilenetv2.ipynb #01f5ffbb
-_stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))  # t, c, n, s
+# t, c, n, s
+_stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
+           (6, 160, 3, 2), (6, 320, 1, 1))
 
 class MobileNetV2(nn.Module):
-    "Stem, seven stages of inverted residuals, 1x1 head, global average, linear classifier [@sandler2018mobilenetv2]."
+    """Stem, seven stages of inverted residuals, 1x1 head, global average, linear classifier
+    [@sandler2018mobilenetv2]."""
     def __init__(self,
         width: float,    # factor on all channels but the head's
         num_classes: int # logits
@@ -47,8 +51,10 @@ class MobileNetV2(nn.Module):
             rest = (InvertedResidual(c, c, 1, t) for _ in range(n - 1))
             stages.append(nn.Sequential(InvertedResidual(c_in, c, s, t), *rest))
         head = int(1280 * max(1, width))
-        self.blocks, self.conv2 = nn.Sequential(*stages), nn.Sequential(*_conv_bn(c, head), nn.ReLU())
-        self.avgpool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(head, num_classes))
+        self.blocks, self.conv2 = (nn.Sequential(*stages),
+                                   nn.Sequential(*_conv_bn(c, head), nn.ReLU()))
+        self.avgpool, self.classifier = (nn.AdaptiveAvgPool2d(1),
+                                         nn.Sequential(nn.Linear(head, num_classes)))
         _start(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +64,8 @@ class MobileNetV2(nn.Module):
 # %% ../../nbs/models/mobilenetv2.ipynb #e2946fcf
 def _start(model):
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     nn.init.normal_(model.classifier[0].weight, std=.01)
     nn.init.zeros_(model.classifier[0].bias)
 

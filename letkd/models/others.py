@@ -34,7 +34,8 @@ def unknown_network(
 def _models(): return importlib.import_module('torchvision.models')
 
 def torchvision_names() -> list: # of strings, without the prefix
-    "Torchvision's classifiers; googlenet and inception_v3 give more than logits in training and are not among them."
+    """Torchvision's classifiers; googlenet and inception_v3 give more than logits in training and
+    are not among them."""
     names = _models().list_models(module=_models())
     return [name for name in names if name not in ('googlenet', 'inception_v3')]
 
@@ -50,12 +51,14 @@ def torchvision_network(
 ) -> nn.Module:              # with new weights, and nothing in place
     "A classifier of torchvision."
     known = torchvision_names()
-    if name not in known: raise unknown_network(f'torchvision/{name}', [f'torchvision/{n}' for n in known])
+    if name not in known:
+        raise unknown_network(f'torchvision/{name}', [f'torchvision/{n}' for n in known])
     return _out_of_place(_models().get_model(name, weights=None, num_classes=num_classes))
 
 # %% ../../nbs/models/others.ipynb #ac42fdd2
 @contextmanager
-def _patience(seconds: float) -> Iterator: # for connections that say nothing; torch.hub has none of its own
+def _patience(seconds: float
+             ) -> Iterator: # for connections that say nothing; torch.hub has none of its own
     old = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try: yield
@@ -68,10 +71,13 @@ def _verified(url: str) -> Path: # the file, whose SHA-256 begins as its name en
         make_folder(path.parent)
         try:
             with _patience(10): torch.hub.download_url_to_file(url, str(path), begin)
-        except OSError as e: raise OSError(f'{url} could not be downloaded ({e}); put it into {path.parent}') from None
+        except OSError as e:
+            raise OSError(f'{url} could not be downloaded ({e}); put it into '
+                          f'{path.parent}') from None
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found.startswith(begin): return path
-    raise ValueError(f'{path}: found SHA-256 {found}; expected one that begins with {begin}. Delete it, and it is fetched again')
+    raise ValueError(f'{path}: found SHA-256 {found}; expected one that begins with '
+                     f'{begin}. Delete it, and it is fetched again')
 
 # %% ../../nbs/models/others.ipynb #4ce26000
 def torchvision_weights(
@@ -94,8 +100,10 @@ def timm_network(
 ) -> nn.Module:             # with new weights, and nothing in place
     "A classifier of timm, where that is installed."
     try: timm = importlib.import_module('timm')
-    except ImportError as error: raise ImportError(f"'timm/{name}' needs timm ({error}): pip install timm") from error
-    if not timm.is_model(name): raise unknown_network(f'timm/{name}', [f'timm/{n}' for n in timm.list_models()])
+    except ImportError as error:
+        raise ImportError(f"'timm/{name}' needs timm ({error}): pip install timm") from error
+    if not timm.is_model(name):
+        raise unknown_network(f'timm/{name}', [f'timm/{n}' for n in timm.list_models()])
     return _out_of_place(timm.create_model(name, pretrained=False, num_classes=num_classes))
 
 # %% ../../nbs/models/others.ipynb #c23b63bf
@@ -107,7 +115,8 @@ def _takes_classes(made) -> bool: # anything
 
 def own_names() -> list: # of strings, as 'my_nets:tiny'
     "The functions and classes of imported files that take `num_classes`."
-    found = [(name, key, made) for name, own in IMPORTED.items() for key, made in vars(own.module).items()]
+    found = [(name, key, made) for name, own in IMPORTED.items() for key,
+             made in vars(own.module).items()]
     return [f'{name}:{key}' for name, key, made in found if key[0] != '_' and callable(made)
             and getattr(made, '__module__', '') == name and _takes_classes(made)]
 
@@ -118,14 +127,22 @@ def own_network(
     num_classes: int # logits
 ) -> nn.Module:      # in train mode, with nothing in place
     "A network that a function of one's own makes."
-    name, expected = f'network {module + ":" + function!r}', f'expected a function: def {function}(num_classes): ..., which returns an nn.Module'
+    name, expected = (f'network {module + ":" + function!r}',
+                      f'expected a function: def {function}(num_classes): ..., which returns an '
+                      'nn.Module')
     if module not in IMPORTED:
-        raise ValueError(f'{name}: found no import of {module}; expected letkd --import {module}.py, or in Python letkd.models.imports.load')
+        raise ValueError(f'{name}: found no import of {module}; expected letkd --import '
+                         f'{module}.py, or in Python letkd.models.imports.load')
     make, names = getattr(IMPORTED[module].module, function, None), ', '.join(own_names()) or 'none'
-    if make is None: raise ValueError(f'{name}: found no {function} there; {expected}. Networks of imported files: {names}')
-    if not callable(make) or not _takes_classes(make): raise ValueError(f'{name}: found {make!r:.60} without num_classes; {expected}')
+    if make is None:
+        raise ValueError(f'{name}: found no {function} there; {expected}. Networks of imported '
+                         f'files: {names}')
+    if not callable(make) or not _takes_classes(make):
+        raise ValueError(f'{name}: found {make!r:.60} without num_classes; {expected}')
     try: model = make(num_classes=num_classes)
     except Exception as error:
-        raise ValueError(f'{name}: {fault(error, IMPORTED[module].folder)}, when it was called with num_classes={num_classes}') from error
-    if not isinstance(model, nn.Module): raise ValueError(f'{name}: found {type(model).__name__} returned; {expected}')
+        raise ValueError(f'{name}: {fault(error, IMPORTED[module].folder)}, when it was '
+                         f'called with num_classes={num_classes}') from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'{name}: found {type(model).__name__} returned; {expected}')
     return _out_of_place(model).train()

@@ -17,7 +17,8 @@ class Places:
     penultimate: str         # the last map, before it is pooled
     stages: tuple            # the outputs of the stages
     stem: str                # the map that the first stage gets
-    boundaries: tuple = ()   # values before the ReLU in which each stage ends; empty: found from the stages
+    # values before the ReLU in which each stage ends; empty: found from the stages
+    boundaries: tuple = ()
     student_boundaries: tuple = () # the same in a student, where they are others
 
 def _stages(count: int) -> tuple: return tuple(f'layer{i + 1}' for i in range(count))
@@ -26,15 +27,21 @@ def _stages(count: int) -> tuple: return tuple(f'layer{i + 1}' for i in range(co
 PLACES = {
     r'resnet\d+.*':          Places('layer3.0', 'layer3', _stages(3), 'relu'),
     r'resnet50':             Places('layer4.0', 'layer4', _stages(4), 'relu'),
-    r'wrn_.*':               Places('block3.layer.0', 'relu', ('block1', 'block2', 'block3'), 'conv1',
+    r'wrn_.*':               Places('block3.layer.0', 'relu',
+                                    ('block1', 'block2', 'block3'), 'conv1',
                                     ('block2.layer.0.bn1', 'block3.layer.0.bn1', 'bn1'),
                                     ('block2.layer.0.bn1', 'block3.layer.0.bn1', 'block3')),
-    r'mobilenetv2':          Places('blocks.5.0', 'conv2', ('blocks.1', 'blocks.2', 'blocks.4', 'blocks.6'), 'blocks.0'),
+    r'mobilenetv2':          Places('blocks.5.0', 'conv2',
+                                    ('blocks.1', 'blocks.2', 'blocks.4', 'blocks.6'), 'blocks.0'),
     r'shufflenetv1':         Places('layer3.0', 'layer3', _stages(3), 'relu1'),
     r'shufflenetv2':         Places('layer3.0', 'relu2', _stages(3), 'relu1',
-                                    ('layer1.3.relu3:input', 'layer2.7.relu3:input', 'layer3.3.relu3:input')),
-    r'(torchvision/)?resnet(18|34)|torchvision/resnet.*': Places('layer4.0', 'layer4', _stages(4), 'maxpool'),
-    r'(torchvision/)?mobilenet_v2': Places('features.14', 'features.18', tuple(f'features.{i}' for i in (3, 6, 13, 17)), 'features.1'),
+                                    ('layer1.3.relu3:input', 'layer2.7.relu3:input',
+                                     'layer3.3.relu3:input')),
+    r'(torchvision/)?resnet(18|34)|torchvision/resnet.*': Places('layer4.0', 'layer4', _stages(4),
+                                                                 'maxpool'),
+    r'(torchvision/)?mobilenet_v2': Places('features.14', 'features.18',
+                                           tuple(f'features.{i}' for i in (3, 6, 13, 17)),
+                                           'features.1'),
 }
 
 def places_of(name: str # as `create_model` reads it
@@ -42,17 +49,21 @@ def places_of(name: str # as `create_model` reads it
     "Where the methods look in a network."
     fits = [places for pattern, places in PLACES.items() if re.fullmatch(pattern, name)]
     if fits: return fits[-1]
-    raise ValueError(f'{name}: nobody has written down where methods look in this network; give the taps, '
+    raise ValueError(f'{name}: nobody has written down where methods look in this network; give '
+                     'the taps, '
                      f"such as penultimate=('layer3', 'features'). letkd taps {name} lists them")
 
 # %% ../../nbs/models/pairs.ipynb #192b802a
 def pair_taps(student: str, # a name, as `create_model` reads it
               teacher: str, # the same
-             ) -> dict:     # {'intermediate': (student's tap, teacher's tap), ..., 'stages': pairs, ...}
+             ) -> dict: # {'intermediate': (student's tap, teacher's), ..., 'stages': pairs, ...}
     "The places of a pair, as the options of the methods name them."
     s, t = places_of(student), places_of(teacher)
     both = lambda a, b: tuple(zip(a[-min(len(a), len(b)):], b[-min(len(a), len(b)):]))
     last = lambda p: '' if p.stages[-1] == p.penultimate else p.stages[-1]
-    stages, bounds = both(s.stages, t.stages), (s.student_boundaries or s.boundaries or s.stages, t.boundaries or t.stages)
-    return dict(penultimate=(s.penultimate, t.penultimate), intermediate=(s.intermediate, t.intermediate), stages=stages,
-                hint=stages[1], stem=(s.stem, t.stem), last=(last(s), last(t)), boundaries=both(*bounds))
+    stages, bounds = both(s.stages, t.stages), (s.student_boundaries or s.boundaries or s.stages,
+                                                t.boundaries or t.stages)
+    return dict(penultimate=(s.penultimate, t.penultimate),
+                intermediate=(s.intermediate, t.intermediate), stages=stages,
+                hint=stages[1], stem=(s.stem, t.stem), last=(last(s), last(t)),
+                boundaries=both(*bounds))

@@ -30,7 +30,8 @@ def _is_list(m: nn.Module) -> bool: # does it do nothing but hold others, or cal
     return type(m).forward in (nn.Sequential.forward, nn.Module.forward)
 
 def _is_block(m: nn.Module, parent: Optional[nn.Module]) -> bool:
-    return any(True for _ in m.children()) and not _is_list(m) and parent is not None and _is_list(parent)
+    return (any(True for _ in m.children()) and not _is_list(m) and parent is not None
+            and _is_list(parent))
 
 # %% ../../nbs/models/places.ipynb #29226f56
 def _run(model: nn.Module, images: Tensor) -> list: # of (path, map), in order
@@ -38,18 +39,23 @@ def _run(model: nn.Module, images: Tensor) -> list: # of (path, map), in order
     calls, found, handles = Counter(), {}, []
     def see(path, output):
         calls[path] += 1
-        if isinstance(output, Tensor) and output.ndim in (3, 4) and len(output) == len(images): found[path] = output, output._version
+        if isinstance(output, Tensor) and output.ndim in (3, 4) and len(output) == len(images):
+            found[path] = output, output._version
     try:
         for path, module in model.named_modules():
-            if path: handles.append(module.register_forward_hook(lambda m, args, output, path=path: see(path, output)))
+            if path:
+                handles.append(module.register_forward_hook(lambda m, args, output,
+                                                            path=path: see(path, output)))
         with evaluating(model): model(images)
     except Exception as error:
         size = ' x '.join(map(str, images.shape[1:]))
         raise ValueError(f'{type(model).__name__}: found images of {size}, which it does not take '
-                         f'({" ".join(str(error).split())[:200]}); expected those it is made for, such as 3 x 224 x 224') from error
+                         f'({" ".join(str(error).split())[:200]}); expected those it is made for, '
+                         'such as 3 x 224 x 224') from error
     finally:
         for handle in handles: handle.remove()
-    return [(path, x) for path, (x, version) in found.items() if calls[path] == 1 and x._version == version]
+    return [(path, x) for path, (x, version) in found.items() if calls[path] == 1
+            and x._version == version]
 
 def _outermost(maps: list) -> list: # of (path, map)
     "One path for each tensor, the last to give it."
@@ -60,7 +66,8 @@ def _outermost(maps: list) -> list: # of (path, map)
 def _parent(path: str) -> str: return path.rpartition('.')[0]
 
 def _equals(path: str, blocks: dict) -> list: # blocks: {path: class}
-    "The blocks within one of them that share list and class with another: if there are any, it is a stage."
+    """The blocks within one of them that share list and class with another: if there are any, it is
+    a stage."""
     within = {p: kind for p, kind in blocks.items() if p.startswith(f'{path}.')}
     count = Counter((_parent(p), kind) for p, kind in within.items())
     return [p for p, kind in within.items() if count[_parent(p), kind] > 1]
@@ -68,7 +75,8 @@ def _equals(path: str, blocks: dict) -> list: # blocks: {path: class}
 def _first_block(model: nn.Module, maps: list, last: Tensor) -> str: # '' where there is none
     "The path of the first block of the last stage."
     modules = dict(model.named_modules())
-    sizes = lambda x: {x.shape[2:], x.shape[1:3]} if x.ndim == 4 else {x.shape[1:2]}  # channels first or last
+    # channels first or last
+    sizes = lambda x: {x.shape[2:], x.shape[1:3]} if x.ndim == 4 else {x.shape[1:2]}
     blocks = {path: type(modules[path]) for path, x in maps
               if _is_block(modules[path], modules[_parent(path)]) and sizes(x) & sizes(last)}
     level = [path for path in blocks if path.count('.') == min(p.count('.') for p in blocks)]
@@ -79,11 +87,13 @@ def _first_block(model: nn.Module, maps: list, last: Tensor) -> str: # '' where 
 def _inside(model: nn.Module) -> set: # paths
     "What is inside blocks; stages are none."
     modules = dict(model.named_modules())
-    blocks = {path: type(m) for path, m in modules.items() if path and _is_block(m, modules[_parent(path)])}
+    blocks = {path: type(m) for path, m in modules.items() if path
+              and _is_block(m, modules[_parent(path)])}
     own = [path for path in blocks if not _equals(path, blocks)]
     return {path for path in modules if any(path.startswith(f'{block}.') for block in own)}
 
-def _pixels(x: Tensor) -> int: return math.prod(x.shape[2:]) if x.ndim == 4 else x.shape[1] # or tokens
+def _pixels(x: Tensor) -> int:
+    return math.prod(x.shape[2:]) if x.ndim == 4 else x.shape[1] # or tokens
 
 def places(model: nn.Module, # any network; its mode is left as it is
            images: Tensor,   # B x 3 x H x W with B > 1, as it takes them
@@ -91,13 +101,15 @@ def places(model: nn.Module, # any network; its mode is left as it is
     "The places of a network at which a map passes."
     maps, modules, inside = _run(model, images), dict(model.named_modules()), _inside(model)
     outermost = _outermost(maps)
-    large = [(path, x) for path, x in outermost if _pixels(x) > 1 and path not in inside] or outermost
+    large = [(path, x) for path, x in outermost if _pixels(x) > 1
+             and path not in inside] or outermost
     roles = {}
     if large:
         path, last = large[-1]
         roles = {_first_block(model, maps, last): 'intermediate', path: 'penultimate'}
     shown = {path for path, _ in outermost} | set(roles)
-    return [Place(path, type(modules[path]).__name__, tuple(x.shape[1:]), path in inside, roles.get(path, ''))
+    return [Place(path, type(modules[path]).__name__, tuple(x.shape[1:]), path in inside,
+                  roles.get(path, ''))
             for path, x in maps if path in shown]
 
 # %% ../../nbs/models/places.ipynb #faa5b59d
@@ -116,5 +128,7 @@ def format_places(found: list,       # of `places`
     lines = [(p.tap, p.kind, ' x '.join(map(str, p.shape)), p.role) for p in shown]
     if not lines: return 'no map passes in this network'
     wide = [max(len(line[i]) for line in lines) for i in range(3)]
-    more = f'{len(found) - len(shown)} more inside blocks; --all shows them' if len(shown) < len(found) else ''
-    return '\n'.join([*('  '.join(f'{cell:{w}}' for cell, w in zip(line, (*wide, 0))).rstrip() for line in lines), *filter(None, [more])])
+    more = (f'{len(found) - len(shown)} more inside blocks; --all shows them'
+            if len(shown) < len(found) else '')
+    return '\n'.join([*('  '.join(f'{cell:{w}}' for cell, w in zip(line, (*wide, 0))).rstrip()
+                        for line in lines), *filter(None, [more])])

@@ -29,7 +29,8 @@ class BasicBlock(nn.Module):
         stride: int = 1  # 2 halves height and width
     ):
         super().__init__()
-        self.conv1, self.bn1, self.relu1 = _conv(c_in, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()
+        self.conv1, self.bn1, self.relu1 = (_conv(c_in, width, 3, stride), nn.BatchNorm2d(width),
+                                            nn.ReLU())
         self.conv2, self.bn2, self.relu2 = _conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU()
         self.downsample = self.shortcut(c_in, width * self.expansion, stride)
 
@@ -50,7 +51,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         c_out = width * self.expansion
         self.conv1, self.bn1, self.relu1 = _conv(c_in, width, 1), nn.BatchNorm2d(width), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = (_conv(width, width, 3, stride), nn.BatchNorm2d(width),
+                                            nn.ReLU())
         self.conv3, self.bn3, self.relu3 = _conv(width, c_out, 1), nn.BatchNorm2d(c_out), nn.ReLU()
         self.downsample = _shortcut(c_in, c_out, stride)
 
@@ -65,7 +67,8 @@ class CifarResNet(nn.Module):
     "Stem, three stages of blocks, global average, linear classifier."
     def __init__(self,
         blocks: tuple,           # blocks of each stage, such as (3, 3, 3)
-        widths: tuple,           # channels of the stem and, inside the blocks, of each stage: (16, 16, 32, 64)
+        # channels of the stem and, inside the blocks, of each stage: (16, 16, 32, 64)
+        widths: tuple,
         num_classes: int,        # logits
         block: type = BasicBlock # or `Bottleneck`
     ):
@@ -75,10 +78,12 @@ class CifarResNet(nn.Module):
         c = stem
         for i, (n, width) in enumerate(zip(blocks, stages, strict=True), 1):
             first, c = block(c, width, stride=1 if i == 1 else 2), width * block.expansion
-            self.add_module(f'layer{i}', nn.Sequential(first, *(block(c, width) for _ in range(n - 1))))
+            self.add_module(f'layer{i}',
+                            nn.Sequential(first, *(block(c, width) for _ in range(n - 1))))
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(c, num_classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -90,7 +95,8 @@ def resnet_widths(
     width: float = 1 # factor, the 4 of resnet32x4
 ) -> tuple:          # channels of the stem and the three stages (equation 2), rounded
     "The channels of a CIFAR ResNet of this width."
-    widths = tuple(round(c) for c in (min(16 * width, max(16, 8 * width)), 16 * width, 32 * width, 64 * width))
+    widths = tuple(round(c) for c in (min(16 * width, max(16, 8 * width)), 16 * width, 32 * width,
+                                      64 * width))
     if width > 0 and min(widths) > 0: return widths
     raise ValueError(f'width factor {width} leaves {widths} channels; it must be at least 1/16')
 
@@ -99,7 +105,8 @@ def _wrong_depth(depth, bottlenecks=True):
     basic = [d for d in range(8, depth + 12, 6) if abs(d - depth) < 12] or [8]
     bottleneck = [d for d in range(11, depth + 18, 9) if abs(d - depth) < 18 and d % 6 != 2] or [11]
     others = f', bottlenecks 9n+2 (near it: {str(bottleneck)[1:-1]})' if bottlenecks else ''
-    return ValueError(f'no CIFAR ResNet has depth {depth}: basic blocks make 6n+2 (near it: {str(basic)[1:-1]}){others}')
+    return ValueError(f'no CIFAR ResNet has depth {depth}: basic blocks make 6n+2 (near it: '
+                      f'{str(basic)[1:-1]}){others}')
 
 def resnet(
     depth: int,            # 6n+2, basic blocks, or else 9n+2, bottlenecks

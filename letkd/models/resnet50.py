@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/resnet50.ipynb #53575461
-def _conv(c_in, c_out, size, stride=1): return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
+def _conv(c_in, c_out, size, stride=1):
+    return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
 
 def _shortcut(c_in, c_out, stride):
     if (c_in, stride) == (c_out, 1): return nn.Sequential()
@@ -25,8 +26,10 @@ class ShortcutBottleneck(nn.Module):
     ):
         super().__init__()
         self.conv1, self.bn1, self.relu1 = _conv(c_in, width, 1), nn.BatchNorm2d(width), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()
-        self.conv3, self.bn3, self.relu3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = (_conv(width, width, 3, stride), nn.BatchNorm2d(width),
+                                            nn.ReLU())
+        self.conv3, self.bn3, self.relu3 = (_conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
+                                            nn.ReLU())
         self.shortcut = _shortcut(c_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ class ResNet50(nn.Module):
     def __init__(self,
         num_classes: int,              # logits
         blocks: tuple = (3, 4, 6, 3),  # of each stage [@he2016resnet, table 1]
-        width: int = 64                # channels of the stem and inside the blocks of the first stage
+        width: int = 64 # channels of the stem and inside the blocks of the first stage
     ):
         super().__init__()
         self.conv1, self.bn1, self.relu = _conv(3, width, 3), nn.BatchNorm2d(width), nn.ReLU()
@@ -48,10 +51,13 @@ class ResNet50(nn.Module):
         for i, n in enumerate(blocks):
             inside = width * 2**i
             first, c = ShortcutBottleneck(c, inside, stride=2 if i else 1), 4 * inside
-            self.add_module(f'layer{i + 1}', nn.Sequential(first, *(ShortcutBottleneck(c, inside) for _ in range(n - 1))))
+            self.add_module(f'layer{i + 1}',
+                            nn.Sequential(first, *(ShortcutBottleneck(c, inside)
+                                                   for _ in range(n - 1))))
         self.avgpool, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(c, num_classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

@@ -17,21 +17,24 @@ class Shuffle(nn.Module):
         super().__init__()
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor: return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
     def extra_repr(self) -> str: return f'groups={self.groups}'
 
 # %% ../../nbs/models/shufflenet.ipynb #f76eb9fc
 def _conv_bn(c_in, c_out, size=1, stride=1, groups=1):
-    return nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(c_out)
+    return nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups,
+                     bias=False), nn.BatchNorm2d(c_out)
 
 # %% ../../nbs/models/shufflenet.ipynb #34b80411
 class ShuffleUnit(nn.Module):
-    "Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input or set beside it (@eq-unit)."
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input or set beside it
+    (@eq-unit)."""
     def __init__(self,
         c_in: int,        # channels that come in
         c_out: int,       # channels that go out
-        stride: int,      # 2: halve height and width, and keep the averaged input as part of the output
+        stride: int, # 2: halve height and width, and keep the averaged input as part of the output
         groups: int,      # of the last convolution
         first_groups: int # of the first
     ):
@@ -54,7 +57,8 @@ class ShuffleUnit(nn.Module):
 
 # %% ../../nbs/models/shufflenet.ipynb #c5dd8074
 class ShuffleNetV1(nn.Module):
-    "1x1 stem, three stages of shuffle units, global average, linear classifier [@zhang2018shufflenet]."
+    """1x1 stem, three stages of shuffle units, global average, linear classifier
+    [@zhang2018shufflenet]."""
     def __init__(self,
         num_classes: int,                # logits
         widths: tuple = (240, 480, 960), # channels of the stages
@@ -90,10 +94,12 @@ class HalfReLU(nn.Module):
 
 # %% ../../nbs/models/shufflenet.ipynb #c9338b94
 class SplitUnit(nn.Module):
-    "Half of the channels pass, half go through 1x1, depthwise 3x3, 1x1; then a shuffle (@eq-split, left)."
+    """Half of the channels pass, half go through 1x1, depthwise 3x3, 1x1; then a shuffle
+    (@eq-split, left)."""
     def __init__(self,
         channels: int,     # that come in, and go out; even
-        ends: bool = False # a stage: all of its values can be tapped before the last ReLU, at `relu3:input`
+        # a stage: all of its values can be tapped before the last ReLU, at `relu3:input`
+        ends: bool = False
     ):
         super().__init__()
         c, self.ends = channels // 2, ends
@@ -132,7 +138,8 @@ class DownUnit(nn.Module):
 
 # %% ../../nbs/models/shufflenet.ipynb #0394e840
 class ShuffleNetV2(nn.Module):
-    "1x1 stem, three stages of split units, 1x1 head, global average, linear classifier [@ma2018shufflenetv2]."
+    """1x1 stem, three stages of split units, 1x1 head, global average, linear classifier
+    [@ma2018shufflenetv2]."""
     def __init__(self,
         num_classes: int,                # logits
         widths: tuple = (116, 232, 464), # channels of the stages

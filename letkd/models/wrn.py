@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/wrn.ipynb #105c285e
-def _conv(c_in, c_out, size, stride=1): return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
+def _conv(c_in, c_out, size, stride=1):
+    return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
 
 class PreactBlock(nn.Module):
     "Two 3x3 convolutions behind their batch norms and ReLUs, and a shortcut (@eq-preact)."
@@ -22,7 +23,8 @@ class PreactBlock(nn.Module):
         stride: int = 1  # 2 halves height and width
     ):
         super().__init__()
-        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(c_in), nn.ReLU(), _conv(c_in, c_out, 3, stride)
+        self.bn1, self.relu1, self.conv1 = (nn.BatchNorm2d(c_in), nn.ReLU(),
+                                            _conv(c_in, c_out, 3, stride))
         self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(c_out), nn.ReLU(), _conv(c_out, c_out, 3)
         self.convShortcut = None if (c_in, stride) == (c_out, 1) else _conv(c_in, c_out, 1, stride)
 
@@ -39,12 +41,14 @@ def _stage(n, c_in, c_out, stride):
 
 def _start(model):
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     nn.init.zeros_(model.fc.bias)
 
 # %% ../../nbs/models/wrn.ipynb #b8b5938e
 class WideResNet(nn.Module):
-    "Stem, three stages of pre-activation blocks, batch norm, ReLU, global average, linear classifier [@zagoruyko2016wrn]."
+    """Stem, three stages of pre-activation blocks, batch norm, ReLU, global average, linear
+    classifier [@zagoruyko2016wrn]."""
     def __init__(self,
         n: int,          # blocks in each stage
         width: int,      # factor on the 16, 32 and 64 channels of the stages; the stem has 16
@@ -73,6 +77,8 @@ def wrn(
     "The wide residual network of a depth and a width."
     if depth < 10 or depth % 6 != 4:
         below = max(10, depth - (depth - 4) % 6)
-        raise ValueError(f'no wide ResNet has depth {depth}: expected 6n+4, such as {below} or {below + 6}')
-    if width < 1 or width != int(width): raise ValueError(f'width {width}: expected a whole number from 1 on')
+        raise ValueError(f'no wide ResNet has depth {depth}: expected 6n+4, such as {below} or '
+                         f'{below + 6}')
+    if width < 1 or width != int(width):
+        raise ValueError(f'width {width}: expected a whole number from 1 on')
     return WideResNet(depth // 6, int(width), num_classes)

@@ -19,7 +19,8 @@ from torch import nn
 from ..data.files import Pickled, read_tensors, read_torch
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
-from .others import own_names, own_network, timm_network, torchvision_names, torchvision_network, torchvision_weights, unknown_network
+from .others import own_names, own_network, timm_network, torchvision_names
+from .others import torchvision_network, torchvision_weights, unknown_network
 from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
@@ -33,7 +34,8 @@ class Family:
     pattern: str     # regular expression of the name; its groups are the arguments
     build: Callable  # build(*arguments, num_classes=...) gives the network
     examples: tuple  # the names in use
-    weights: Optional[Callable] = None # weights(*arguments, name) gives published weights, or None where the name is a file's
+    # weights(*arguments, name) gives published weights, or None where the name is a file's
+    weights: Optional[Callable] = None
 
 # %% ../../nbs/models/zoo.ipynb #dc231822
 families = [
@@ -41,9 +43,12 @@ families = [
     Family('(?:torchvision/)?(resnet18|resnet34|mobilenet_v2)', torchvision_network,
            ('resnet18', 'resnet34', 'mobilenet_v2'), torchvision_weights),
     Family(r'resnet(\d+)(?:x(\d+(?:\.\d+)?))?', resnet,
-           ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'resnet29', 'resnet83',
-            'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5', 'resnet56x0.5')),
-    Family(r'resnet(\d+)a', padded_resnet, ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a', 'resnet110a')),
+           ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110',
+            'resnet29', 'resnet83',
+            'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5',
+            'resnet56x0.5')),
+    Family(r'resnet(\d+)a', padded_resnet, ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a',
+                                            'resnet110a')),
     Family(r'wrn_(\d+)_(\d+)', wrn, ('wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2')),
     Family('mobilenetv2', mobilenetv2, ('mobilenetv2',)),
     Family('shufflenetv1', shufflenetv1, ('shufflenetv1',)),
@@ -55,7 +60,8 @@ families = [
 
 # %% ../../nbs/models/zoo.ipynb #76cee0cc
 def model_names() -> list: # of strings
-    "The networks in use and one's own; families contain more (any resnet of depth 6n+2 or 9n+2, of any width)."
+    """The networks in use and one's own; families contain more (any resnet of depth 6n+2 or 9n+2,
+    of any width)."""
     return [name for family in families for name in family.examples] + own_names()
 
 def _argument(text):
@@ -70,7 +76,8 @@ def _find(name):
         if not (match := re.fullmatch(family.pattern, name, re.ASCII)): continue
         arguments = [_argument(g) for g in match.groups() if g]
         if big := [a for a in arguments if not isinstance(a, str) and a > 2000]:
-            raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; expected numbers up to 2000')
+            raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; expected numbers '
+                             'up to 2000')
         return family, arguments
     hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else ''
     raise unknown_network(name, model_names(), hint)
@@ -103,7 +110,8 @@ def _unwrap(found, depth=4): # depth: a dict may hold itself
 
 def _without(state, prefix):
     "The entries under a prefix, without it."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in state.items()
+            if key.startswith(prefix)}
 
 def _plain_names(state):
     "Take off what DataParallel, torch.compile and a distiller put before the names."
@@ -117,12 +125,15 @@ def _few(items, most=4):
 
 def _remedy(weights): # the expression that gives them
     under = ' (here from under model)' if weights.endswith("['model']") else ''
-    return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of *_last.pth). If you trust its author, '
-            f'copy the weights out once{under}:\n  python -c "import torch; torch.save({weights}, \'weights.pth\')"')
+    return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of '
+            '*_last.pth). If you trust its author, '
+            f'copy the weights out once{under}:\n  python -c "import torch; '
+            f'torch.save({weights}, \'weights.pth\')"')
 
 def _quantised(state): # the names of its entries that are
     small = lambda v: v.is_quantized or v.dtype in (torch.int8, torch.uint8)
-    return [k for k, v in state.items() if k.endswith(('zero_point', '_packed_params')) or isinstance(v, torch.Tensor) and small(v)]
+    return [k for k, v in state.items() if k.endswith(('zero_point', '_packed_params'))
+            or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
 def read_checkpoint(
@@ -134,19 +145,25 @@ def read_checkpoint(
     except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
     state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
     if few := _quantised(state):
-        raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the weights from before they were quantised')
+        raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the '
+                         'weights from before they were quantised')
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
-    keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict) else type(found).__name__
+    keys = (', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict)
+            else type(found).__name__)
     raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
                      f'expected tensors by name, as they are or under one of {_wrappers}')
 
 # %% ../../nbs/models/zoo.ipynb #6ef1e03f
-def _shapes(state): return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
+def _shapes(state):
+    return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
-_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)  # the children that `letkd.taps.insert` makes
+# the children that `letkd.taps.insert` makes
+_INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)
 
-def _classifier(shapes): # the name of the last matrix that is in no KD layer; '' where there is none
-    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2 and not _INSERTED.fullmatch(name)])[-1]
+def _classifier(shapes # the name of the last matrix that is in no KD layer; '' where there is none
+               ):
+    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2
+                    and not _INSERTED.fullmatch(name)])[-1]
 
 def _modules(shapes):
     "{module: {kind of entry: shape}}, in order; without the number of classes."
@@ -157,17 +174,20 @@ def _modules(shapes):
     return found
 
 # %% ../../nbs/models/zoo.ipynb #e9e2744c
-_RENAMES = [(r'^linear$', 'fc'), (r'\.shortcut\b', '.downsample'), (r'^stage(\d)', r'layer\1'), (r'^conv$', 'conv1'), (r'^bn$', 'bn1')]
+_RENAMES = [(r'^linear$', 'fc'), (r'\.shortcut\b', '.downsample'), (r'^stage(\d)', r'layer\1'),
+            (r'^conv$', 'conv1'), (r'^bn$', 'bn1')]
 
 def _renamed(module):
     for old, new in _RENAMES: module = re.sub(old, new, module)
     return module
 
 def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
-    known = {_renamed(module): module for module in ours}  # the field's resnet50 itself says shortcut and linear
+    # the field's resnet50 itself says shortcut and linear
+    known = {_renamed(module): module for module in ours}
     names = {module: known.get(_renamed(module), module) for module in theirs}
     found = {names[module]: {*kinds} for module, kinds in theirs.items()}
-    return names if found == {module: {*kinds} for module, kinds in ours.items()} and len(ours) == len(theirs) else None
+    return names if found == {module: {*kinds} for module,
+                              kinds in ours.items()} and len(ours) == len(theirs) else None
 
 # %% ../../nbs/models/zoo.ipynb #bc5cbc5d
 def _counts_up(names):
@@ -184,19 +204,26 @@ def _counts_up(names):
 
 def _by_order(ours, theirs): # modules; returns {their name: our name}, or None
     same = [*ours.values()] == [*theirs.values()]
-    certain = all(a != b for a, b in pairwise(ours.values())) and _counts_up(theirs) and [*theirs] != sorted(theirs)
+    certain = (all(a != b for a, b in pairwise(ours.values())) and _counts_up(theirs)
+               and [*theirs] != sorted(theirs))
     return dict(zip(theirs, ours)) if same and certain else None
 
 # %% ../../nbs/models/zoo.ipynb #588b1b11
-def _own_names(own, state, source=None): # shapes or tensors by name; source: what a warning calls the state
-    "The entries under the network's own names where it is sure which they are, otherwise as they came."
-    ours, theirs = ({k: v for k, v in of.items() if not k.endswith('num_batches_tracked')} for of in (own, state))
-    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()}) for of in (ours, theirs))
+def _own_names(own, state, source=None):
+    # shapes or tensors by name; source: what a warning calls the state
+    """The entries under the network's own names where it is sure which they are, otherwise as they
+    came."""
+    ours, theirs = ({k: v for k, v in of.items() if not k.endswith('num_batches_tracked')}
+                    for of in (own, state))
+    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()})
+                    for of in (ours, theirs))
     if ours.keys() == theirs.keys(): return state
     names = _by_name(ours, theirs)
     if names is None and (names := _by_order(ours, theirs)) and source:
-        warnings.warn(f'{source}: its modules have names of their own and were taken in their order: '
-                      f'{_few([f"{a} as {b}" for a, b in names.items()])}. Names and shapes do not tell how it computes: look at its accuracy')
+        warnings.warn(f'{source}: its modules have names of their own and were taken in '
+                      'their order: '
+                      f'{_few([f"{a} as {b}" for a, b in names.items()])}. Names and shapes do not '
+                      'tell how it computes: look at its accuracy')
     if names is None: return state
     moved = lambda module, kind: '.'.join(filter(None, (names.get(module, module), kind)))
     return {moved(*key.rpartition('.')[::2]): v for key, v in state.items()}
@@ -215,7 +242,9 @@ _ANY = 7919  # classes that no network has, for the number of the file's
 @cache
 def _known_shapes(name): return _shapes(outline(name, _ANY).state_dict())
 
-def _all_shapes(): # (name, shapes) pairs; a file of one's own may change, and its networks need not take so many classes
+def _all_shapes():
+    # (name, shapes) pairs; a file of one's own may change, and its networks need not take so many
+    # classes
     for name in model_names():
         try: yield name, _known_shapes.__wrapped__(name) if ':' in name else _known_shapes(name)
         except ValueError: pass
@@ -230,30 +259,39 @@ def looks_like(
     if not 0 < classes < 10**6: return ''
     agreement = {}
     for name, any_shapes in _all_shapes():
-        known = {k: tuple(classes if n == _ANY else n for n in shape) for k, shape in any_shapes.items()}
+        known = {k: tuple(classes if n == _ANY else n for n in shape) for k,
+                 shape in any_shapes.items()}
         found = _own_names(known, shapes)
-        agreement[name] = len(known.items() & found.items()) / len(known.keys() | found.keys() or {''})
+        agreement[name] = len(known.items() & found.items()) / len(known.keys()
+                                                                   | found.keys() or {''})
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
     share = '' if agreement[best] == 1 else f' ({agreement[best]:.0%} of all entries agree)'
     return f'{best} with {classes} classes' + (f' and {_few([*layers])}' if layers else '') + share
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
-def _numbers(x, like): # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps them?
+def _numbers(x, like):
+    # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps
+    # them?
     if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
-    return x.is_floating_point() == like.is_floating_point() and not x.is_complex() and bool(x.to(like.dtype).isfinite().all())
+    return (x.is_floating_point() == like.is_floating_point() and not x.is_complex()
+            and bool(x.to(like.dtype).isfinite().all()))
 
 def _misfits(own, state):
-    "One line for each kind of mistake: what is missing, what is too much, of another shape, or NaN."
+    """One line for each kind of mistake: what is missing, what is too much, of another shape, or
+    NaN."""
     size = lambda x: 'x'.join(map(str, x.shape)) or 'scalar'
     shared = [k for k in own if k in state and state[k].shape == own[k].shape]
     kinds = {'missing': [k for k in own if k not in state],
              'unexpected': [k for k in state if k not in own],
-             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})' for k in own if k in state and k not in shared],
-             'with values that are no finite numbers': [k for k in shared if not _numbers(state[k], own[k])]}
+             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})' for k in own
+                                  if k in state and k not in shared],
+             'with values that are no finite numbers': [k for k in shared
+                                                        if not _numbers(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
-def _other_classes(own, state): # (theirs, ours) where nothing but the number of classes differs, otherwise None
+def _other_classes(own, state):
+    # (theirs, ours) where nothing but the number of classes differs, otherwise None
     ours, theirs = _shapes(own), _shapes(state)
     if _modules(ours) != _modules(theirs) or ours == theirs: return None
     return tuple(shapes[_classifier(ours)][0] for shapes in (theirs, ours))
@@ -261,40 +299,50 @@ def _other_classes(own, state): # (theirs, ours) where nothing but the number of
 # %% ../../nbs/models/zoo.ipynb #a6ed8971
 def load_weights(
     model: nn.Module, # its weights are overwritten, all or none
-    state: dict,      # name -> tensor, under the model's names or others; counts of batches (`num_batches_tracked`) may be missing
+    # name -> tensor, under the model's names or others; `num_batches_tracked` may be missing
+    state: dict,
     source='state'    # what the error message calls it
 ) -> nn.Module:       # the same model
     "Load weights that fit, or say all that does not fit at once."
     own = model.state_dict()
     state = _own_names(own, state, source)
-    state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v for k, v in state.items()}
+    state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v for k,
+             v in state.items()}
     state = {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **state}
     if wrong := _misfits(own, state):
         if n := _other_classes(own, state):
-            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} has {n[1]}; the rest fits')
+            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} has '
+                             f'{n[1]}; the rest fits')
         raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:', *wrong,
-                                      f'it looks like {looks_like(state) or "no network known here"}']))
+                                      'it looks like '
+                                      f'{looks_like(state) or "no network known here"}']))
     model.load_state_dict(state)
     return model
 
 # %% ../../nbs/models/zoo.ipynb #b3758c51
-def _said(path) -> tuple: # ({path of a KD layer: its alpha}, {path of what was inserted: its layout}), as far as the file says
+def _said(path) -> tuple:
+    # ({path of a KD layer: its alpha}, {path of what was inserted: its layout}), as far as the file
+    # says
     if Path(path).suffix != '.safetensors': return {}, {}
     try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
     except (ValueError, RecursionError): return {}, {}
     def table(key, fits):
         found = about.get(key) if isinstance(about, dict) else None
         return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}
-    return table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30), table('layout', lambda v: isinstance(v, str) and len(v) < 40)
+    return (table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30),
+            table('layout', lambda v: isinstance(v, str) and len(v) < 40))
 
 _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
 
-def _sizes(at, entries, source) -> tuple: # channels and templates of the KD layer at a path, and whether it has an alpha
+def _sizes(at, entries, source) -> tuple:
+    # channels and templates of the KD layer at a path, and whether it has an alpha
     templates, embeds = entries.get('templates'), 'semantics' in entries
     names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
-    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and templates.layout is torch.strided and templates.is_contiguous():
+    dense = templates.layout is torch.strided and templates.is_contiguous()
+    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and dense:
         return *templates.T.shape, embeds
-    raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its maker knows how it computes (load_run, '
+    raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its '
+                     'maker knows how it computes (load_run, '
                      'for a student of SimKD). Put it there by `insert`, then call `load_weights`')
 
 def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc:input'
@@ -303,18 +351,22 @@ def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc
 
 # %% ../../nbs/models/zoo.ipynb #6e39a054
 def _insert_layers(model, state, said, source):
-    "Make room for the KD layers in a state; what stands in no module of this model is left for `load_weights` to complain about."
+    """Make room for the KD layers in a state; what stands in no module of this model is left for
+    `load_weights` to complain about."""
     (alphas, layouts), known, layers = said, dict(model.named_modules()), {}
     for at, entries in _inserted(state).items():
         if at.rpartition('.')[0] not in known: continue
         tap, path = _tap(at), at
         if at in layouts:  # a `letkd.taps.Placed` around the layer
-            tap, path, entries = f'{tap}@{layouts[at]}', f'{at}.layer', {k.removeprefix('layer.'): v for k, v in entries.items()}
+            tap, path, entries = (f'{tap}@{layouts[at]}', f'{at}.layer',
+                                  {k.removeprefix('layer.'): v for k, v in entries.items()})
         *sizes, embeds = _sizes(at, entries, source)
         layers[tap] = *sizes, alphas.get(path) if embeds else 0
     if silent := [(tap, *sizes) for tap, (*sizes, alpha) in layers.items() if alpha is None]:
-        lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))' for tap, channels, templates in silent]
-        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not say. Who knows it can put them there:', *lines[:4],
+        lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))' for tap,
+                 channels, templates in silent]
+        raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not '
+                                      'say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))
     for tap, sizes in layers.items():
         try: insert(model, tap, KDLayer(*sizes))
@@ -322,9 +374,11 @@ def _insert_layers(model, state, said, source):
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
-    name: str,                           # a name of the field, such as 'resnet32x4', or of one's own; `model_names()` lists those in use
+    # a name of the field, such as 'resnet32x4', or of one's own; `model_names()` lists those in use
+    name: str,
     num_classes: int,                    # logits
-    checkpoint: str | Path | None = None # file with its weights, in any format of `read_checkpoint`; torchvision's: or 'IMAGENET1K_V1'
+    # file with its weights, in any format of `read_checkpoint`; torchvision's: or 'IMAGENET1K_V1'
+    checkpoint: str | Path | None = None
 ) -> nn.Module:                          # on the CPU, in train mode
     "The network of this name, with new weights or those of a checkpoint."
     family, arguments = _find(name)

@@ -32,7 +32,8 @@ from ..taps import evaluating, capture, grid_of, rows
 
 # %% ../../nbs/results/analysis.ipynb #12863960
 def _labels(assignment, truth) -> tuple: # two vectors of equal length
-    found = [np.asarray(x.cpu() if isinstance(x, Tensor) else x).ravel() for x in (assignment, truth)]
+    found = [np.asarray(x.cpu() if isinstance(x, Tensor) else x).ravel()
+             for x in (assignment, truth)]
     if len(found[0]) != len(found[1]) or not len(found[0]):
         raise ValueError(f'assignment and truth: found {len(found[0])} and {len(found[1])} cells; '
                          'expected as many of each, and some')
@@ -66,7 +67,8 @@ def true_parts(images: Images,         # of DigitPairs, N images
                min_share: float = .25, # of a cell, that a digit or clutter must cover to own it
               ) -> Tensor:             # N x h x w, integers: 0-9 digits, 10 background, 11 clutter
     "The true part of every cell."
-    if images.parts is None: raise ValueError('true_parts: found images without parts; expected those of DigitPairs')
+    if images.parts is None:
+        raise ValueError('true_parts: found images without parts; expected those of DigitPairs')
     return parts_at(images.parts, grid, min_share).long()
 
 # %% ../../nbs/results/analysis.ipynb #86aec0dc
@@ -78,29 +80,38 @@ _PITCH = 1.08 # from one picture of a strip to the next; a picture is 1 x 1
 
 def _show(ax, place: int, picture: Tensor): # 3 x h x w bytes, or h x w part codes
     options = dict(cmap=_CMAP, vmin=0, vmax=11) if picture.ndim == 2 else {}
-    picture, left = picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu(), _PITCH * place
+    picture, left = (picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu(),
+                     _PITCH * place)
     ax.imshow(picture, extent=(left, left + 1, 1, 0), interpolation='nearest', **options)
     _frame(ax, place, 0, 0, 1, 1, '.6', .6)
 
-def _frame(ax, place: int, x: float, y: float, width: float, height: float, colour: str, line: float):
-    ax.add_patch(Rectangle((_PITCH * place + x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+def _frame(ax, place: int, x: float, y: float, width: float, height: float, colour: str,
+           line: float):
+    ax.add_patch(Rectangle((_PITCH * place + x, y), width, height, fill=False, edgecolor=colour,
+                           linewidth=line))
 
-def _mark(ax, place: int, x: float, y: float, part: int, size: float): # a digit's name, readable on any colour
-    ax.text(_PITCH * place + x, y, PARTS[part], size=size, weight='bold', ha='center', va='center_baseline',
+def _mark(ax, place: int, x: float, y: float, part: int, size: float):
+    # a digit's name, readable on any colour
+    ax.text(_PITCH * place + x, y, PARTS[part], size=size, weight='bold', ha='center',
+            va='center_baseline',
             path_effects=[withStroke(linewidth=size / 4, foreground='white')])
 
 # %% ../../nbs/results/analysis.ipynb #9d415a26
-def _strip(ax, count: int, label: str, names: Iterable[str] = ()): # of `count` pictures; call it when they are drawn
+def _strip(ax, count: int, label: str, names: Iterable[str] = ()):
+    # of `count` pictures; call it when they are drawn
     names = list(names)
     ax.set(xlim=(-.04, _PITCH * (count - 1) + 1.04), ylim=(1.04, -.04), yticks=[], frame_on=False)
     ax.set_xticks([_PITCH * i + .5 for i in range(len(names))], names)
     ax.tick_params(length=0, pad=1, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.set_ylabel(label, rotation=0, ha='right', va='center')
 
-def _strips(rows: int, count: int, title: str = '') -> tuple: # (figure, axes), with a legend of the parts
+def _strips(rows: int, count: int, title: str = ''
+           ) -> tuple: # (figure, axes), with a legend of the parts
     fig, axes = new_figure(1.6 + .8 * count, .6 + .85 * rows, rows, style='white')
-    handles = [Patch(facecolor=colour, edgecolor='.6', label=name) for colour, name in zip(COLOURS, PARTS)]
-    fig.legend(handles=handles, loc='outside lower center', ncols=12, frameon=False, fontsize='small',
+    handles = [Patch(facecolor=colour, edgecolor='.6', label=name) for colour,
+               name in zip(COLOURS, PARTS)]
+    fig.legend(handles=handles, loc='outside lower center', ncols=12, frameon=False,
+               fontsize='small',
                handlelength=1, handleheight=1, columnspacing=1)
     fig.suptitle(title, fontsize='medium')
     return fig, axes[:, 0]
@@ -141,8 +152,10 @@ def _totals(layer: KDLayer, x: Tensor, target) -> dict: # sums over the pixels o
     s, p_t = rows(layer.scores(x)), target.tile(0, target.shape[0])
     log_s = F.log_softmax(s, 1)
     active = (rows(layer.assign(x)) > 0).float().mean(1) if layer.alpha else s[:, 0] * float('nan')
-    each = dict(active=active, p_S=-(log_s.exp() * log_s).sum(1), p_T=torch.special.entr(p_t).sum(1),
-                agreement=s.argmax(1) == p_t.argmax(1), KL=F.kl_div(log_s, p_t, reduction='none').sum(1))
+    each = dict(active=active, p_S=-(log_s.exp() * log_s).sum(1),
+                p_T=torch.special.entr(p_t).sum(1),
+                agreement=s.argmax(1) == p_t.argmax(1),
+                KL=F.kl_div(log_s, p_t, reduction='none').sum(1))
     return dict(pixels=len(s), **{name: value.sum().item() for name, value in each.items()})
 
 # %% ../../nbs/results/analysis.ipynb #554ac9c3
@@ -151,17 +164,20 @@ def layer_report(distiller: Distiller, # trained, or as it starts
                  batches: Iterable,    # of (images, labels, ...)
                 ) -> pd.DataFrame:     # one row for each KD layer, by its tap
     "What the KD layers of a student do, in eval mode."
-    layers, paths = distiller.layers, {layer: path for path, layer in kd_layers(distiller.student).items()}
+    layers, paths = distiller.layers, {layer: path for path,
+                                       layer in kd_layers(distiller.student).items()}
     inputs, found = {tap: f'{paths[layer]}:input' for tap, layer in layers.items()}, []
     for images, labels, *_ in batches:
         targets = distiller.targets(images, labels)
         with evaluating(distiller.student) as student:
             with capture(student, inputs.values()) as maps: student(images)
-            found += [dict(tap=tap, **_totals(layers[tap], maps[inputs[tap]], targets[tap])) for tap in layers]
+            found += [dict(tap=tap, **_totals(layers[tap], maps[inputs[tap]], targets[tap]))
+                      for tap in layers]
     totals = pd.DataFrame(found).groupby('tap', sort=False).sum(min_count=1)
     means = totals.div(totals.pixels, axis=0).drop(columns='pixels')
     means['p_S'], means['p_T'] = np.exp(means.p_S), np.exp(means.p_T)
-    about = [dict(tap=tap, templates=len(m.templates), alpha=m.alpha, g=m.scale.item()) for tap, m in layers.items()]
+    about = [dict(tap=tap, templates=len(m.templates), alpha=m.alpha, g=m.scale.item()) for tap,
+             m in layers.items()]
     means = means.rename(columns=dict(p_S='perplexity p_S', p_T='perplexity p_T'))
     return pd.DataFrame(about).set_index('tap').join(means)
 
@@ -173,7 +189,8 @@ def assignments(model: nn.Module, # a network with KD layers
                ) -> Tensor:       # N x h x w, integers: the template with the highest score
     "The best matching template of every cell, in eval mode."
     layers = kd_layers(model)
-    if path not in layers: raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
+    if path not in layers:
+        raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
     found = []
     for images, *_ in batches:
         with evaluating(model), capture(model, f'{path}:input') as maps: model(images)
@@ -199,17 +216,21 @@ def meanings(assignment: Tensor, # integers of any shape, below `clusters`
     return torch.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
 # %% ../../nbs/results/analysis.ipynb #8b5d95cd
-def _cells(ax, place: int, parts: Tensor, wrong: Optional[Tensor] = None): # h x w codes, -1 for none; h x w booleans
+def _cells(ax, place: int, parts: Tensor, wrong: Optional[Tensor] = None):
+    # h x w codes, -1 for none; h x w booleans
     "A grid of coloured cells with their digits."
     _show(ax, place, parts)
     h, w = parts.shape
     for y, x in np.ndindex(h, w):
-        if 0 <= parts[y, x] < BACKGROUND: _mark(ax, place, (x + .5) / w, (y + .5) / h, parts[y, x], 36 / max(h, w))
+        if 0 <= parts[y, x] < BACKGROUND:
+            _mark(ax, place, (x + .5) / w, (y + .5) / h, parts[y, x], 36 / max(h, w))
         if wrong is not None and wrong[y, x]:
             _frame(ax, place, (x + .08) / w, (y + .08) / h, .84 / w, .84 / h, 'black', 1.2)
 
-def _right(said: Tensor, truth: Tensor) -> tuple: # (share of the digit cells where both agree, the same by chance)
-    digit, often = truth < BACKGROUND, torch.bincount(said.flatten() + 1, minlength=len(PARTS) + 1) / said.numel()
+def _right(said: Tensor, truth: Tensor
+          ) -> tuple: # (share of the digit cells where both agree, the same by chance)
+    digit, often = truth < BACKGROUND, torch.bincount(said.flatten() + 1,
+                                                      minlength=len(PARTS) + 1) / said.numel()
     return (said == truth)[digit].float().mean().item(), often[truth[digit] + 1].mean().item()
 
 # %% ../../nbs/results/analysis.ipynb #f1857046

@@ -48,7 +48,8 @@ from ..runs.training import Training
 # %% ../../nbs/results/bench.ipynb #b2d7bdca
 def _now(device: torch.device) -> float: # seconds
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    return time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter()
+    return (time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1
+            else time.perf_counter())
 
 def side_by_side(forms: dict,          # {name: function without arguments}
                  device: torch.device, # that it works on
@@ -66,15 +67,17 @@ def side_by_side(forms: dict,          # {name: function without arguments}
             before = _now(device); f()
             times[-1].append(_now(device) - before)
     quartiles = zip(*np.quantile(times, (.5, .25, .75), axis=0).tolist())
-    return {name: dict(zip(('seconds', 'low', 'high'), q), turns=len(times)) for name, q in zip(forms, quartiles)}
+    return {name: dict(zip(('seconds', 'low', 'high'), q), turns=len(times)) for name,
+            q in zip(forms, quartiles)}
 
 # %% ../../nbs/results/bench.ipynb #f7c8639c
 def _glibc(): # C's library where it has these settings, or None
     try: return (libc := ctypes.CDLL(None)).mallopt and libc.malloc_trim and libc
     except (AttributeError, OSError, TypeError): return None
 
-_ALLOCATOR = {False: {-4: 65536, -3: 2**25, -1: 2**26},  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD as they are after some frees
-              True: {-4: 0, -1: 2**31 - 1}}              # nothing is mapped apart, nothing is given back
+# M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD as they are after some frees
+_ALLOCATOR = {False: {-4: 65536, -3: 2**25, -1: 2**26},
+              True: {-4: 0, -1: 2**31 - 1}} # nothing is mapped apart, nothing is given back
 _reuse = [False] # what holds now, innermost last
 
 @contextmanager
@@ -97,10 +100,15 @@ def extra_memory(f: Callable,         # without arguments
     "The most that a call holds, above what is held before it."
     fused._FREE.clear()  # workspaces that the layer keeps for its next call belong to the call
     if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device); f()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
         return torch.cuda.max_memory_allocated(device) - before
     with allocator(reuse=False):
-        try: _glibc().malloc_trim(0); Path('/proc/self/clear_refs').write_text('5'); before = _held('VmRSS')
+        try:
+            _glibc().malloc_trim(0)
+            Path('/proc/self/clear_refs').write_text('5')
+            before = _held('VmRSS')
         except (OSError, AttributeError): return None
         f()
         return max(0, _held('VmHWM') - before)
@@ -114,10 +122,13 @@ class Shape:
     k: int                  # templates
     c_t: Optional[int]      # the teacher's channels; None: its target is rows of a table
 
-def _products(s: Shape, device, forward: bool = False) -> Callable: # the matrix products of training, or of inference
-    x, w, y, tile = torch.randn(s.n, s.c, device=device), torch.randn(s.k, s.c, device=device), torch.empty(s.n, s.c, device=device), 128
+def _products(s: Shape, device, forward: bool = False
+             ) -> Callable: # the matrix products of training, or of inference
+    x, w, y, tile = (torch.randn(s.n, s.c, device=device), torch.randn(s.k, s.c, device=device),
+                     torch.empty(s.n, s.c, device=device), 128)
     t, p = (torch.randn(n, s.c_t or 1, device=device) for n in (s.n, s.k))
-    wide, work, sums = w.T.contiguous(), torch.empty(min(tile, s.n), s.k, device=device), torch.zeros(s.c, s.k, device=device)
+    wide, work, sums = (w.T.contiguous(), torch.empty(min(tile, s.n), s.k, device=device),
+                        torch.zeros(s.c, s.k, device=device))
     def run():
         for i in range(0, s.n, tile):
             u, out, a = x[i:i + tile], y[i:i + tile], work[:min(tile, s.n - i)]
@@ -129,17 +140,22 @@ def _products(s: Shape, device, forward: bool = False) -> Callable: # the matrix
 # %% ../../nbs/results/bench.ipynb #1b60b3e8
 def _functions(compiled: bool) -> dict: # {form: a function with the signature of `kd_layer`}
     second = dict(compiled=torch.compile(kd_layer)) if compiled else {}
-    return dict(plain=kd_layer, **second, fused=fused_kd_layer, lean=partial(fused_kd_layer, lean=True))
+    return dict(plain=kd_layer, **second, fused=fused_kd_layer,
+                lean=partial(fused_kd_layer, lean=True))
 
 def _target(s: Shape, device):
-    if s.c_t: return PrototypeTarget(torch.randn(s.n, s.c_t, device=device), torch.randn(s.k, s.c_t, device=device))
-    return TableTarget(torch.randint(s.k, (s.n,), device=device), torch.randn(s.k, s.k, device=device).softmax(1))
+    if s.c_t:
+        return PrototypeTarget(torch.randn(s.n, s.c_t, device=device),
+                               torch.randn(s.k, s.c_t, device=device))
+    return TableTarget(torch.randint(s.k, (s.n,), device=device),
+                       torch.randn(s.k, s.k, device=device).softmax(1))
 
 def _training(layer: KDLayer, function: Callable, x, target) -> Callable:
     pull = torch.randn_like(x)
     def run():
         layer.zero_grad(); x.grad = None
-        out, loss = function(x, layer.templates, layer.semantics, layer.scale, layer.value_scale, layer.norm, layer.alpha, target)
+        out, loss = function(x, layer.templates, layer.semantics, layer.scale, layer.value_scale,
+                             layer.norm, layer.alpha, target)
         torch.autograd.backward([out, loss], [pull, torch.ones_like(loss)])
     return run
 
@@ -147,26 +163,36 @@ def _training(layer: KDLayer, function: Callable, x, target) -> Callable:
 def layer_forms(s: Shape,                # what the layer meets
                 device: torch.device,    # where
                 compiled: bool = False,  # the plain form by `torch.compile` too?
-               ) -> tuple:               # ({form: a training step of the layer}, the form that `KDLayer` takes)
+               ) -> tuple: # ({form: a training step of the layer}, the form that `KDLayer` takes)
     "The floor and every form of the layer."
-    layer, x, target = KDLayer(s.c, s.k).to(device), torch.randn(s.n, s.c, device=device, requires_grad=True), _target(s, device)
+    layer, x, target = (KDLayer(s.c, s.k).to(device),
+                        torch.randn(s.n, s.c, device=device, requires_grad=True),
+                        _target(s, device))
     chosen = 'plain' if layer._function(x) is kd_layer else 'fused'
-    return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name, f in _functions(compiled).items()}), chosen
+    return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name,
+                                               f in _functions(compiled).items()}), chosen
 
 # %% ../../nbs/results/bench.ipynb #1ac8c2d2
 def inference_forms(s: Shape, device: torch.device) -> dict: # {form: a forward pass}
     "The floor and every form of the layer in eval mode."
-    layer, x = KDLayer(s.c, s.k).to(device).eval().requires_grad_(False), torch.randn(s.n, s.c, device=device)
-    call = lambda f: lambda: f(x, layer.templates, layer.semantics, layer.scale, layer.value_scale, layer.norm, layer.alpha)
+    layer, x = (KDLayer(s.c, s.k).to(device).eval().requires_grad_(False),
+                torch.randn(s.n, s.c, device=device))
+    call = lambda f: lambda: f(x, layer.templates, layer.semantics, layer.scale, layer.value_scale,
+                               layer.norm, layer.alpha)
     small, folded = x.view(1, s.n, s.c), layer.fold()
-    return dict(floor=_products(s, device, forward=True), plain=call(kd_layer), fused=call(fused_kd_layer), folded=lambda: folded(small))
+    return dict(floor=_products(s, device, forward=True), plain=call(kd_layer),
+                fused=call(fused_kd_layer), folded=lambda: folded(small))
 
 # %% ../../nbs/results/bench.ipynb #d428b48c
-def _measure(part: str, case: str, forms: dict, device, budget: tuple, memory: bool = False, warm: bool = True, **about) -> list: # of rows
+def _measure(part: str, case: str, forms: dict, device, budget: tuple, memory: bool = False,
+             warm: bool = True, **about) -> list:
+    # of rows
     times = side_by_side(forms, device, *budget, warm=warm)
     floor = times.get('floor', {}).get('seconds')
-    return [dict(part=part, case=case, form=form, **time, **about, over_floor=floor and time['seconds'] / floor,
-                 memory=extra_memory(forms[form], device) if memory else None) for form, time in times.items()]
+    return [dict(part=part, case=case, form=form, **time, **about, over_floor=floor
+                 and time['seconds'] / floor,
+                 memory=extra_memory(forms[form], device) if memory else None) for form,
+            time in times.items()]
 
 def measure_layer(case: str,            # what to call it
                   s: Shape,             # what it meets
@@ -181,18 +207,20 @@ def measure_layer(case: str,            # what to call it
     return [dict(row, chosen=row['form'] == chosen) for row in found]
 
 # %% ../../nbs/results/bench.ipynb #2c9906da
-PAIRS = ('resnet56-resnet20', 'resnet32x4-resnet8x4', 'wrn_40_2-wrn_16_2', 'wrn_40_2-shufflenetv1', 'resnet32x4-shufflenetv2',
+PAIRS = ('resnet56-resnet20', 'resnet32x4-resnet8x4', 'wrn_40_2-wrn_16_2', 'wrn_40_2-shufflenetv1',
+         'resnet32x4-shufflenetv2',
          'resnet50-mobilenetv2')  # one for each student's widths; the other four meet the same
 
 def _map(name: str, tap: str, resolution: int) -> tuple: # (channels, places) for one image
     model = create_model(name, 10).eval()
-    with torch.no_grad(), capture(model, tap) as maps: model(torch.zeros(1, 3, resolution, resolution))
+    with torch.no_grad(), capture(model, tap) as maps:
+        model(torch.zeros(1, 3, resolution, resolution))
     places, channels = rows(maps[tap]).shape
     return channels, places
 
 def published_shapes(batch: int = 64,         # images in a step
                      resolution: int = 32,    # pixels
-                     classes: int = 100,      # each with eight sub-classes at the intermediate layer
+                     classes: int = 100, # each with eight sub-classes at the intermediate layer
                      templates: int = 4096,   # at the penultimate layer
                      pairs: Iterable = PAIRS, # 'teacher-student'
                     ) -> dict:                # {pair and layer: `Shape`}
@@ -203,7 +231,8 @@ def published_shapes(batch: int = 64,         # images in a step
         for layer in ('penultimate', 'intermediate'):
             (s, t), last = pair_taps(student, teacher)[layer], layer == 'penultimate'
             channels, places = _map(student, s, resolution)
-            found[f'{pair} {layer}'] = Shape(batch * places, channels, templates if last else 8 * classes,
+            found[f'{pair} {layer}'] = Shape(batch * places, channels, templates if last
+                                             else 8 * classes,
                                              _map(teacher, t, resolution)[0] if last else None)
     return found
 
@@ -221,19 +250,25 @@ def compiles(scale,                # a `Scale`
 def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     "Student, teacher and terms of a method, as before or as after."
     classes = len(images.classes)
-    teacher, student = (create_model(name, classes).to(images.device) for name in (scale.teacher, scale.student))
-    taps = {k: v for k, v in pair_taps(scale.student, scale.teacher).items() if k in ('penultimate', 'intermediate')}
+    teacher, student = (create_model(name, classes).to(images.device)
+                        for name in (scale.teacher, scale.student))
+    taps = {k: v for k, v in pair_taps(scale.student, scale.teacher).items()
+            if k in ('penultimate', 'intermediate')}
     options = dict(num_prototypes=scale.templates) if method.startswith('letkd') else {}
-    terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps, fit=random_fit(classes), **options)
-    distiller = Distiller(channels_last(student) if after else student, teacher, terms).to(images.device)
+    terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps,
+                         fit=random_fit(classes), **options)
+    distiller = Distiller(channels_last(student) if after else student, teacher,
+                          terms).to(images.device)
     if after: fold_teacher(distiller)
-    if after and compiles(scale, images.device): distiller.compile_teacher(images.images[:scale.batch].float())
+    if after and compiles(scale, images.device):
+        distiller.compile_teacher(images.images[:scale.batch].float())
     for layer in distiller.layers.values():
         if not after: layer._function = lambda rows: kd_layer
     return distiller
 
 # %% ../../nbs/results/bench.ipynb #dde6ef6a
-def _stepper(distiller: Distiller, optimiser, batches: Iterable) -> Callable: # one step at each call, the data included
+def _stepper(distiller: Distiller, optimiser, batches: Iterable
+            ) -> Callable: # one step at each call, the data included
     device, stream = next(distiller.student.parameters()).device, _forever(batches)
     distiller.train()
     meter = Meter(10**6, device)
@@ -250,17 +285,21 @@ def _forever(batches: Iterable):
     while True: yield from batches
 
 # %% ../../nbs/results/bench.ipynb #96190359
-def _plain_sgd(distiller: Distiller): return torch.optim.SGD(distiller.parameters(), .05, .9, weight_decay=5e-4, nesterov=True)
+def _plain_sgd(distiller: Distiller):
+    return torch.optim.SGD(distiller.parameters(), .05, .9, weight_decay=5e-4, nesterov=True)
 
 def _pictures(scale, device, count: int) -> Images: # noise in the shape of CIFAR-100
     size = (count, 3, scale.resolution, scale.resolution)
-    return Images(torch.randint(256, size, dtype=torch.uint8), torch.arange(count) % scale.classes, None,
-                  tuple(map(str, range(scale.classes))), (.5071, .4867, .4408), (.2675, .2565, .2761)).to(device)
+    return Images(torch.randint(256, size, dtype=torch.uint8),
+                  torch.arange(count) % scale.classes, None,
+                  tuple(map(str, range(scale.classes))), (.5071, .4867, .4408),
+                  (.2675, .2565, .2761)).to(device)
 
 def _both(method: str, scale, images: Images) -> dict: # {'before', 'after': a step}
     batches = Batches(images, scale.batch, Augment(flip=True), shuffle=True, drop_last=True)
     before, after = (_distiller(method, scale, images, done) for done in (False, True))
-    return dict(before=_stepper(before, _plain_sgd(before), batches), after=_stepper(after, Training(after, batches, 1).optimiser, batches))
+    return dict(before=_stepper(before, _plain_sgd(before), batches),
+                after=_stepper(after, Training(after, batches, 1).optimiser, batches))
 
 # %% ../../nbs/results/bench.ipynb #7641691c
 def _forward(model, x):
@@ -269,16 +308,22 @@ def _forward(model, x):
     return run
 
 def measure_step(scale, device: torch.device) -> list: # of rows
-    "Steps of the student alone, the teacher alone and each method, before and after; the layers' floors in the same turns."
+    """Steps of the student alone, the teacher alone and each method, before and after; the layers'
+    floors in the same turns."""
     images = _pictures(scale, device, 2 * scale.batch)
-    forms = {f'{method} {form}': step for method in ('ce', 'kd', 'letkd1', 'letkd2') for form, step in _both(method, scale, images).items()}
-    teacher, x = create_model(scale.teacher, scale.classes).to(device).eval(), next(iter(Batches(images, scale.batch)))[0]
+    forms = {f'{method} {form}': step for method in ('ce', 'kd', 'letkd1', 'letkd2') for form,
+             step in _both(method, scale, images).items()}
+    teacher, x = (create_model(scale.teacher, scale.classes).to(device).eval(),
+                  next(iter(Batches(images, scale.batch)))[0])
     folded = inference_form(teacher)
-    for name, model in dict(before=teacher, folded=folded, after=compiled_capture(folded, [], x) if compiles(scale, device) else folded).items():
+    for name, model in dict(before=teacher, folded=folded, after=compiled_capture(folded, [], x)
+                            if compiles(scale, device) else folded).items():
         forms[f'teacher {name}'] = _forward(model, x)
-    shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates, [f'{scale.teacher}-{scale.student}'])
+    shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates,
+                              [f'{scale.teacher}-{scale.student}'])
     for name, s in shapes.items(): forms[f'{name.split()[1]} floor'] = _products(s, device)
-    found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device, (scale.seconds * 8, scale.least))
+    found = _measure('step', f'{scale.teacher}-{scale.student}', forms, device,
+                     (scale.seconds * 8, scale.least))
     return found + (_elsewhere('_by_default', scale) if device.type == 'cpu' else [])
 
 # %% ../../nbs/results/bench.ipynb #7d042ab0
@@ -286,12 +331,15 @@ def _by_default(scale) -> list: # of rows, in a process whose allocator was neve
     device = torch.device('cpu')
     forms = _both('letkd1', scale, _pictures(scale, device, 2 * scale.batch))
     forms = {f'letkd1 {name}': step for name, step in forms.items()}
-    return _measure('step', 'default allocator', forms, device, (scale.seconds, scale.least), memory=True)
+    return _measure('step', 'default allocator', forms, device, (scale.seconds, scale.least),
+                    memory=True)
 
 def _elsewhere(name: str, scale) -> list: # what a function of this module returns in a new process
-    code = f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); from letkd.results import bench; ' \
+    code = f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); ' \
+           'from letkd.results import bench; ' \
            f'print(json.dumps(bench.{name}(bench.Scale(**json.loads(sys.argv[1])))))'
-    done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))],
+                          capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
     return json.loads(done.stdout)
 
@@ -300,9 +348,12 @@ class _Pictures(torch.utils.data.Dataset):
     "Images as torchvision's data sets of this size give them."
     def __init__(self, images: Images):
         from torchvision import transforms as T
-        self.images, self.labels = images.images.permute(0, 2, 3, 1).cpu().numpy(), images.labels.tolist()
+        self.images, self.labels = (images.images.permute(0, 2, 3, 1).cpu().numpy(),
+                                    images.labels.tolist())
         side = images.images.shape[2]
-        self.transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(images.mean, images.std)])
+        self.transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8),
+                                    T.RandomHorizontalFlip(), T.ToTensor(),
+                                    T.Normalize(images.mean, images.std)])
 
     def __len__(self): return len(self.labels)
     def __getitem__(self, i): return self.transform(self.images[i]), self.labels[i]
@@ -313,7 +364,8 @@ def _usual_loader(images: Images, batch: int):
 # %% ../../nbs/results/bench.ipynb #8cf1cb1f
 def _usual_step(scale, images: Images) -> Callable: # one step at each call
     device, seen = images.device, []
-    teacher, student = (create_model(name, scale.classes).to(device) for name in (scale.teacher, scale.student))
+    teacher, student = (create_model(name, scale.classes).to(device)
+                        for name in (scale.teacher, scale.student))
     teacher.eval(); student.train()
     optimiser = torch.optim.SGD(student.parameters(), lr=.05, momentum=.9, weight_decay=5e-4)
     stream = _forever(_usual_loader(images, scale.batch))
@@ -321,88 +373,113 @@ def _usual_step(scale, images: Images) -> Callable: # one step at each call
         x, y = (t.to(device) for t in next(stream))
         with torch.no_grad(): logits_t = teacher(x)
         logits_s = student(x)
-        kd = F.kl_div(F.log_softmax(logits_s / 4, 1), F.softmax(logits_t / 4, 1), reduction='batchmean') * 16
+        kd = F.kl_div(F.log_softmax(logits_s / 4, 1), F.softmax(logits_t / 4, 1),
+                      reduction='batchmean') * 16
         loss = .1 * F.cross_entropy(logits_s, y) + .9 * kd
         optimiser.zero_grad(); loss.backward(); optimiser.step()
         right = logits_s.topk(5, 1).indices == y[:, None]
-        seen.append((loss.item(), right[:, 0].float().mean().item(), right.any(1).float().mean().item()))
+        seen.append((loss.item(), right[:, 0].float().mean().item(),
+                     right.any(1).float().mean().item()))
     return step
 
 # %% ../../nbs/results/bench.ipynb #7177a889
 def measure_kd(scale, device: torch.device) -> list: # of rows; `per_second` in images
     "Plain KD with its data: the usual way and ours; then both ways of loading alone."
     images = _pictures(scale, device, 16 * scale.batch)
-    usual, ours = _forever(_usual_loader(images, scale.batch)), _forever(Batches(images, scale.batch, Augment(flip=True), shuffle=True, drop_last=True))
+    usual, ours = (_forever(_usual_loader(images, scale.batch)),
+                   _forever(Batches(images, scale.batch, Augment(flip=True), shuffle=True,
+                                    drop_last=True)))
     kd = dict(usual=_usual_step(scale, images), ours=_both('kd', scale, images)['after'])
     loading = dict(usual=lambda: next(usual), ours=lambda: next(ours))
-    found = _measure('kd', f'{scale.teacher}-{scale.student}', kd, device, (scale.seconds * 2, scale.least))
-    found += _measure('loader', f'{scale.resolution} x {scale.resolution}', loading, device, (scale.seconds, scale.least))
+    found = _measure('kd', f'{scale.teacher}-{scale.student}', kd, device,
+                     (scale.seconds * 2, scale.least))
+    found += _measure('loader', f'{scale.resolution} x {scale.resolution}', loading, device,
+                      (scale.seconds, scale.least))
     return [dict(row, per_second=scale.batch / row['seconds']) for row in found]
 
 # %% ../../nbs/results/bench.ipynb #93b0968d
 def _features(n: int, c: int, classes: int) -> tuple: # rows N x C, labels
     g = torch.Generator().manual_seed(0)
-    means, labels = torch.randn(classes, c // 2, generator=g), torch.randint(classes, (n,), generator=g)
+    means, labels = (torch.randn(classes, c // 2, generator=g),
+                     torch.randint(classes, (n,), generator=g))
     z = means[labels] + torch.randn(n, c // 2, generator=g)
-    return torch.relu(z @ torch.randn(c // 2, c, generator=g) / c**.5 + .1 * torch.randn(n, c, generator=g)), labels
+    return torch.relu(z @ torch.randn(c // 2, c, generator=g) / c**.5
+                      + .1 * torch.randn(n, c, generator=g)), labels
 
-def _kmeans_forms(x, clusters: int, iterations: int, found: dict) -> dict: # {form: function}; the mean squared distance goes into `found`
+def _kmeans_forms(x, clusters: int, iterations: int, found: dict
+                 ) -> dict: # {form: function}; the mean squared distance goes into `found`
     from sklearn.cluster import KMeans
     def ours(): found['ours'] = kmeans(x, clusters, iterations)[1]
-    def sklearn(): found['scikit-learn'] = KMeans(clusters, n_init=1, max_iter=iterations, random_state=0).fit(x.numpy()).inertia_ / len(x)
+    def sklearn():
+        found['scikit-learn'] = KMeans(clusters, n_init=1, max_iter=iterations,
+                                       random_state=0).fit(x.numpy()).inertia_ / len(x)
     forms = {'ours': ours, 'scikit-learn': sklearn}
     if not find_spec('faiss'): return forms
     def theirs():
         faiss = import_module('faiss')
-        model = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=0, max_points_per_centroid=len(x))
+        model = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=0,
+                             max_points_per_centroid=len(x))
         model.train(x.numpy()); found['faiss'] = model.index.search(x.numpy(), 1)[0].mean()
     return dict(forms, faiss=theirs)
 
 # %% ../../nbs/results/bench.ipynb #2a9fde0b
-def measure_kmeans(scale, device: torch.device) -> list: # of rows; `inertia`: mean squared distance of a row to its centre
+def measure_kmeans(scale, device: torch.device
+                  ) -> list: # of rows; `inertia`: mean squared distance of a row to its centre
     "Ours and scikit-learn's, each with its initialisation."
     (n, c, clusters), inertia = scale.kmeans, {}
     forms = _kmeans_forms(_features(n, c, 100)[0], clusters, 20, inertia)
-    found = _measure('kmeans', f'{n} x {c}, K = {clusters}', forms, torch.device('cpu'), (0., min(2, scale.least)), memory=True, warm=False)
+    found = _measure('kmeans', f'{n} x {c}, K = {clusters}', forms, torch.device('cpu'),
+                     (0., min(2, scale.least)), memory=True, warm=False)
     return [dict(row, inertia=float(inertia[row['form']])) for row in found]
 
-def _lda_forms(x, labels, dims: int, found: dict) -> dict: # {form: function}; the directions go into `found`
+def _lda_forms(x, labels, dims: int, found: dict
+              ) -> dict: # {form: function}; the directions go into `found`
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis as LDA
     def ours():
         moments = Moments()
         for piece in blocks(zip(x.split(4096), labels.split(4096))): moments.add(*piece)
         found['ours'] = lda_map(*moments.scatter()[1:], dims)[0]
     def theirs(solver):
-        def run(): found[f'scikit-learn {solver}'] = LDA(solver=solver, n_components=dims).fit(x.numpy(), labels.numpy()).scalings_[:, :dims]
+        def run():
+            fitted = LDA(solver=solver, n_components=dims).fit(x.numpy(), labels.numpy())
+            found[f'scikit-learn {solver}'] = fitted.scalings_[:, :dims]
         return run
-    return {'ours': ours, **{f'scikit-learn {solver}': theirs(solver) for solver in ('svd', 'eigen')}}
+    return {'ours': ours, **{f'scikit-learn {solver}': theirs(solver)
+                             for solver in ('svd', 'eigen')}}
 
 # %% ../../nbs/results/bench.ipynb #4a6829c8
 def _sine(a, b) -> float: # of the largest angle between the columns' spaces
     (a, _), (b, _) = np.linalg.qr(a), np.linalg.qr(b)
     return float(np.linalg.norm(b - a @ (a.T @ b), 2))
 
-def measure_lda(scale, device: torch.device) -> list: # of rows; `sine`: of the largest angle to our subspace
+def measure_lda(scale, device: torch.device
+               ) -> list: # of rows; `sine`: of the largest angle to our subspace
     "Ours, in one pass over blocks, and scikit-learn's two solvers."
     (n, c, classes), found = scale.lda, {}
     forms = _lda_forms(*_features(n, c, classes), min(60, c - 1, classes - 1), found)
-    times = _measure('lda', f'{n} x {c}, {classes} classes', forms, torch.device('cpu'), (0., scale.least), memory=True)
+    times = _measure('lda', f'{n} x {c}, {classes} classes', forms, torch.device('cpu'),
+                     (0., scale.least), memory=True)
     return [dict(row, sine=_sine(found['ours'], found[row['form']])) for row in times]
 
 # %% ../../nbs/results/bench.ipynb #42184169
 def measure_growth(scale, device: torch.device) -> list: # of rows
     "The layer against one size at a time."
     base = dict(zip('nck', scale.growth['base']))
-    shapes = {f'{name} = {value}': Shape(**(base | {name: value}), c_t=(base | {name: value})['c']) for name in 'nck' for value in scale.growth[name]}
-    known = {s: measure_layer('', s, device, (scale.seconds / 4, scale.least), 'growth') for s in dict.fromkeys(shapes.values())}
+    shapes = {f'{name} = {value}': Shape(**(base | {name: value}), c_t=(base | {name: value})['c'])
+              for name in 'nck' for value in scale.growth[name]}
+    known = {s: measure_layer('', s, device, (scale.seconds / 4, scale.least), 'growth')
+             for s in dict.fromkeys(shapes.values())}
     return [dict(row, case=case) for case, s in shapes.items() for row in known[s]]
 
 def measure_layers(scale, device: torch.device) -> list: # of rows
-    "The layer at the main shape, in training and inference, and at the shapes of the published pairs."
+    """The layer at the main shape, in training and inference, and at the shapes of the published
+    pairs."""
     main, budget = Shape(*scale.main), (scale.seconds, scale.least)
     found = measure_layer('main', main, device, budget, compiled=compiles(scale, device))
-    found += _measure('inference', 'main', inference_forms(main, device), device, budget, memory=True, **asdict(main))
-    shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates, scale.pairs)
+    found += _measure('inference', 'main', inference_forms(main, device), device, budget,
+                      memory=True, **asdict(main))
+    shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates,
+                              scale.pairs)
     known = {main}
     for case, s in shapes.items():
         if s not in known: found += measure_layer(case, s, device, (scale.seconds / 4, scale.least))
@@ -410,10 +487,13 @@ def measure_layers(scale, device: torch.device) -> list: # of rows
     return found
 
 # %% ../../nbs/results/bench.ipynb #9e7c0fff
-SETTINGS = {'one thread': dict(OMP_NUM_THREADS='1'), 'default': {}, 'letkd': {}, 'passive': dict(OMP_WAIT_POLICY='PASSIVE'),
-            **{f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n)) for n in (1_000, 3_000, 10_000, 30_000, 100_000)}}
+SETTINGS = {'one thread': dict(OMP_NUM_THREADS='1'), 'default': {}, 'letkd': {},
+            'passive': dict(OMP_WAIT_POLICY='PASSIVE'),
+            **{f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n))
+               for n in (1_000, 3_000, 10_000, 30_000, 100_000)}}
 
-def _answer(scale): # in a process of its own: for each line, a time in seconds, say how long a step takes
+def _answer(scale):
+    # in a process of its own: for each line, a time in seconds, say how long a step takes
     step = _both('ce', scale, _pictures(scale, torch.device('cpu'), 2 * scale.batch))['after']
     for _ in range(3): step()
     print(torch.get_num_threads(), flush=True)
@@ -425,13 +505,16 @@ def _answer(scale): # in a process of its own: for each line, a time in seconds,
 # %% ../../nbs/results/bench.ipynb #b5cc81b3
 @contextmanager
 def _process(*words, **environment): # that ends with the block
-    free = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
-    with subprocess.Popen([sys.executable, '-c', *words], env=free | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+    free = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS',
+                                                             'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    with subprocess.Popen([sys.executable, '-c', *words], env=free | environment,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         try: yield p
         finally: p.kill()
 
 _BUSY = 'import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))'
-_STEPS = ('import os, sys, json; from letkd.runs.jobs import openmp; sys.argv[2] == "letkd" and os.environ.update(openmp()); '
+_STEPS = ('import os, sys, json; from letkd.runs.jobs import openmp; sys.argv[2] == "letkd" and '
+          'os.environ.update(openmp()); '
           'from letkd.results import bench; bench._answer(bench.Scale(**json.loads(sys.argv[1])))')
 
 def _ask(p: subprocess.Popen, *question) -> float: # a number on a line
@@ -440,7 +523,8 @@ def _ask(p: subprocess.Popen, *question) -> float: # a number on a line
     raise RuntimeError(f'threads: a process that measures ended with code {p.wait()}')
 
 # %% ../../nbs/results/bench.ipynb #d164a751
-def measure_threads(scale, device: torch.device) -> list: # of rows; `per_second` in images, `threads` of each setting
+def measure_threads(scale, device: torch.device
+                   ) -> list: # of rows; `per_second` in images, `threads` of each setting
     "Steps under different settings of the threads, on a machine that is quiet and one that is not."
     found = []
     for case, others in dict(quiet=0, busy=cores()).items() if device.type == 'cpu' else ():
@@ -448,11 +532,15 @@ def measure_threads(scale, device: torch.device) -> list: # of rows; `per_second
             for _ in range(others): stack.enter_context(_process(_BUSY))
             asked, threads = {}, {}
             for form in scale.settings:  # one after the other: `openmp` looks at what the others do
-                asked[form] = stack.enter_context(_process(_STEPS, json.dumps(asdict(scale)), form, **SETTINGS[form]))
+                asked[form] = stack.enter_context(_process(_STEPS, json.dumps(asdict(scale)), form,
+                                                           **SETTINGS[form]))
                 threads[form] = int(_ask(asked[form]))
-            times = [[_ask(p, scale.seconds / 2) for p in asked.values()] for _ in range(scale.least)]
-        for form, (median, low, high) in zip(asked, np.quantile(times, (.5, .25, .75), axis=0).T.tolist()):
-            found.append(dict(part='threads', case=case, form=form, seconds=median, low=low, high=high, turns=len(times),
+            times = [[_ask(p, scale.seconds / 2) for p in asked.values()]
+                     for _ in range(scale.least)]
+        for form, (median, low, high) in zip(asked, np.quantile(times, (.5, .25, .75),
+                                                                axis=0).T.tolist()):
+            found.append(dict(part='threads', case=case, form=form, seconds=median, low=low,
+                              high=high, turns=len(times),
                               threads=threads[form], per_second=scale.batch / median))
     return found
 
@@ -476,10 +564,13 @@ class Scale:
     compiled: bool = True       # with `torch.compile`, where there is a compiler
     settings: tuple = tuple(SETTINGS) # of the threads
 
-FULL = Scale(growth=dict(base=(4096, 64, 4096), n=(256, 1024, 4096, 16384), c=(16, 64, 256), k=(64, 256, 1024, 4096, 16384)))
-QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], compiled=False, growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),
+FULL = Scale(growth=dict(base=(4096, 64, 4096), n=(256, 1024, 4096, 16384), c=(16, 64, 256),
+                         k=(64, 256, 1024, 4096, 16384)))
+QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], compiled=False,
+              growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),
               kmeans=(20_000, 64, 256), lda=(100_000, 64, 100))
-PARTS = dict(layer=measure_layers, step=measure_step, kd=measure_kd, lda=measure_lda, kmeans=measure_kmeans, growth=measure_growth,
+PARTS = dict(layer=measure_layers, step=measure_step, kd=measure_kd, lda=measure_lda,
+             kmeans=measure_kmeans, growth=measure_growth,
              threads=measure_threads)
 
 # %% ../../nbs/results/bench.ipynb #7c8b8843
@@ -490,8 +581,10 @@ def bench(scale: Scale = FULL,          # how much
           say: Callable = partial(print, flush=True), # told what is done
          ) -> dict:                     # a record: rows, scale, machine, versions, commit
     "Measure everything, side by side."
-    if unknown := sorted(set(parts) - set(PARTS)): raise ValueError(f'parts: found {", ".join(unknown)}; expected some of {", ".join(PARTS)}')
-    device, before, found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), torch.get_num_threads(), []
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f'parts: found {", ".join(unknown)}; expected some of {", ".join(PARTS)}')
+    device, before, found = torch.device(device or ('cuda' if torch.cuda.is_available()
+                                                    else 'cpu')), torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), allocator(reuse=True), threadpool_limits(threads):
@@ -501,7 +594,8 @@ def bench(scale: Scale = FULL,          # how much
                 say(f'{part}: {time.time() - start:.0f} s')
             made = environment(device)
     finally: torch.set_num_threads(before)
-    return dict(kind='bench', time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), scale=asdict(scale), rows=found,
+    return dict(kind='bench', time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                scale=asdict(scale), rows=found,
                 clock='process' if device.type == 'cpu' and threads == 1 else 'wall', **made)
 
 # %% ../../nbs/results/bench.ipynb #1bad9659
@@ -519,7 +613,8 @@ class Rows:
         "What was compared in a part."
         return list(dict.fromkeys(self.frame[self.frame.part == part].case))
 
-    def get(self, part: str, form: str, value: str = 'seconds', case: Optional[str] = None) -> float: # of the first such row; nan where there is none
+    def get(self, part: str, form: str, value: str = 'seconds', case: Optional[str] = None
+           ) -> float: # of the first such row; nan where there is none
         "One number."
         rows = self.of(part, case or next(iter(self.cases(part)), None))
         return float(rows[value].get(form, np.nan)) if value in rows else float('nan')
@@ -528,51 +623,70 @@ class Rows:
 def step_floor(r: Rows, method: str) -> float: # seconds
     "The sum of floors of a step: student, teacher, and the products of the KD layers."
     layers = {'letkd1': ('penultimate',), 'letkd2': ('penultimate', 'intermediate')}.get(method, ())
-    return sum(r.get('step', form) for form in ('ce after', 'teacher after', *(f'{layer} floor' for layer in layers)))
+    return sum(r.get('step', form) for form in ('ce after', 'teacher after',
+                                                *(f'{layer} floor' for layer in layers)))
 
 def _never_slower(r: Rows) -> float: # the worst share of the plain time that the chosen form takes
     cases = [r.of('layer', case) for case in r.cases('layer')]
-    return max((c.seconds[c.chosen.astype(bool)].iloc[0] / c.seconds['plain'] for c in cases), default=float('nan'))
+    return max((c.seconds[c.chosen.astype(bool)].iloc[0] / c.seconds['plain'] for c in cases),
+               default=float('nan'))
 
 def _over_best(r: Rows, case: str) -> float: # seconds with letkd's settings over the least
-    return r.get('threads', 'letkd', case=case) / r.of('threads', case).get('seconds', pd.Series([np.nan])).min()
+    return (r.get('threads', 'letkd', case=case) / r.of('threads',
+                                                        case).get('seconds',
+                                                                  pd.Series([np.nan])).min())
 
 # %% ../../nbs/results/bench.ipynb #05d00190
 def targets(record: dict # of `bench`
            ) -> pd.DataFrame: # columns: target, found, wanted, met
     "What was asked for before the work began, and what this run found."
     r, get = (r := Rows(record)), r.get
-    ratio = lambda part, a, b, value='seconds', **case: get(part, a, value, **case) / get(part, b, value, **case)
+    ratio = lambda part, a, b, value='seconds', **case: get(part, a, value,
+                                                            **case) / get(part, b, value, **case)
     found = [('layer, fast form: time over floor', get('layer', 'fused', 'over_floor'), '<=', 1.4),
              ('layer, lean form: time over floor', get('layer', 'lean', 'over_floor'), '<=', 1.8),
              ('layer, lean form: extra memory, MB', get('layer', 'lean', 'memory') / 1e6, '<=', 48),
-             ('layer, inference: time over floor', get('inference', 'folded', 'over_floor'), '<=', 1.1),
+             ('layer, inference: time over floor', get('inference', 'folded', 'over_floor'),
+              '<=', 1.1),
              ('layer, chosen form against plain, the worst shape', _never_slower(r), '<=', 1.),
-             ('letKD-1 step over the sum of floors', get('step', 'letkd1 after') / step_floor(r, 'letkd1'), '<=', 1.15),
-             ('letKD-1 step, gain over before', ratio('step', 'letkd1 before', 'letkd1 after'), '>=', 1.7),
-             ('the same, default allocator', ratio('step', 'letkd1 before', 'letkd1 after', case='default allocator'), '>=', 3.),
-             ('plain KD with data, gain over the usual way', ratio('kd', 'usual', 'ours'), '>=', 1.4),
+             ('letKD-1 step over the sum of floors',
+              get('step', 'letkd1 after') / step_floor(r, 'letkd1'), '<=', 1.15),
+             ('letKD-1 step, gain over before', ratio('step', 'letkd1 before', 'letkd1 after'),
+              '>=', 1.7),
+             ('the same, default allocator', ratio('step', 'letkd1 before', 'letkd1 after',
+                                                   case='default allocator'), '>=', 3.),
+             ('plain KD with data, gain over the usual way', ratio('kd', 'usual', 'ours'),
+              '>=', 1.4),
              ('LDA, gain over scikit-learn', ratio('lda', 'scikit-learn svd', 'ours'), '>=', 4.),
-             ('LDA, memory against scikit-learn', ratio('lda', 'ours', 'scikit-learn svd', 'memory'), '<=', .2),
-             ('K-means, inertia against scikit-learn', ratio('kmeans', 'ours', 'scikit-learn', 'inertia'), '<=', 1.005),
-             ('K-means, time against scikit-learn', ratio('kmeans', 'ours', 'scikit-learn'), '<=', 1.),
-             *((f'threads, {case} machine: step over that of the best setting', _over_best(r, case), '<=', wanted)
+             ('LDA, memory against scikit-learn', ratio('lda', 'ours', 'scikit-learn svd',
+                                                        'memory'), '<=', .2),
+             ('K-means, inertia against scikit-learn',
+              ratio('kmeans', 'ours', 'scikit-learn', 'inertia'), '<=', 1.005),
+             ('K-means, time against scikit-learn', ratio('kmeans', 'ours', 'scikit-learn'),
+              '<=', 1.),
+             *((f'threads, {case} machine: step over that of the best setting', _over_best(r, case),
+                '<=', wanted)
                for case, wanted in dict(quiet=1.05, busy=1.5).items())]
-    rows = [(name, x, f'{sign} {wanted:g}', x <= wanted if sign == '<=' else x >= wanted) for name, x, sign, wanted in found if x == x]
+    rows = [(name, x, f'{sign} {wanted:g}', x <= wanted if sign == '<=' else x >= wanted) for name,
+            x, sign, wanted in found if x == x]
     return pd.DataFrame(rows, columns=['target', 'found', 'wanted', 'met'])
 
 # %% ../../nbs/results/bench.ipynb #f9522183
-_HEADINGS = dict(seconds='time\nms', low='low\nms', high='high\nms', over_floor='over\nfloor', memory='memory\nMB', per_second='\nimages/s',
+_HEADINGS = dict(seconds='time\nms', low='low\nms', high='high\nms', over_floor='over\nfloor',
+                 memory='memory\nMB', per_second='\nimages/s',
                  inertia='\ninertia', sine='\nsine', threads='\nthreads')
 _SCALES = dict(seconds=1e3, low=1e3, high=1e3, memory=1e-6)
 _FORMS = dict(over_floor='.2f', sine='.0e', inertia='.4f', per_second=',.0f', threads='.0f')
 
 def _cells(rows: pd.DataFrame) -> pd.DataFrame: # of strings
-    cells = {'\ncase': list(rows.case), '\nform': [f'{form} *' if c is True else form for form, c in zip(rows.index, rows.get('chosen', rows.case))]}
+    cells = {'\ncase': list(rows.case), '\nform': [f'{form} *' if c is True else form for form,
+                                                   c in zip(rows.index,
+                                                            rows.get('chosen', rows.case))]}
     for name, heading in _HEADINGS.items():
         if name not in rows: continue
         form = _FORMS.get(name, ',.1f')
-        cells[heading] = ['' if pd.isna(x) else format(x * _SCALES.get(name, 1), form) for x in rows[name]]
+        cells[heading] = ['' if pd.isna(x) else format(x * _SCALES.get(name, 1), form)
+                          for x in rows[name]]
     frame = pd.DataFrame(cells)
     frame.iloc[:, 0] = frame.iloc[:, 0].where(~frame.iloc[:, 0].duplicated(), '')
     return frame
@@ -581,9 +695,12 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame: # of strings
 def format_bench(record: dict # of `bench`
                 ) -> str:     # many lines
     "The tables of a run and its targets, as the command prints them."
-    r, machine = Rows(record), f"{record['device']}, {record['threads']} thread(s), torch {record['versions']['torch']}"
+    r, machine = (Rows(record), f"{record['device']}, {record['threads']} thread(s), torch "
+                  f"{record['versions']['torch']}")
     tables = [block(part, _cells(r.of(part)), 'text') for part in dict.fromkeys(r.frame.part)]
-    goals = targets(record).assign(found=lambda t: t.found.map('{:.2f}'.format), met=lambda t: t.met.map({True: 'yes', False: 'no'}))
+    goals = targets(record).assign(found=lambda t: t.found.map('{:.2f}'.format),
+                                   met=lambda t: t.met.map({True: 'yes', False: 'no'}))
     goals = block('targets', goals.rename(columns=lambda c: f'\n{c}'), 'text') if len(goals) else ''
-    note = 'Medians in milliseconds of the {} clock, with quartiles. *: the form that `KDLayer` takes by itself.'.format(record['clock'])
+    note = ('Medians in milliseconds of the {} clock, with quartiles. *: the form that `KDLayer` '
+            'takes by itself.'.format(record['clock']))
     return '\n\n'.join([machine, *tables, goals, note])

@@ -27,7 +27,9 @@ def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
                    ) -> Tensor:         # Y x Y, rows sum to 1
     "Mean row of a class's sub-classes, summed over the sub-classes of each other class."
     k = len(transition)
-    if k % classes: raise ValueError(f'transition: found {k} sub-classes; expected a multiple of the {classes} classes')
+    if k % classes:
+        raise ValueError(f'transition: found {k} sub-classes; expected a multiple of the '
+                         f'{classes} classes')
     return transition.view(classes, k // classes, classes, k // classes).sum(3).mean(1)
 
 # %% ../../nbs/results/pictures.ipynb #0b4411f0
@@ -42,18 +44,21 @@ def share_a_digit(classes # names of two digits, such as '37'
 def shared_mass(transition: Tensor, # M
                 classes,            # names of the classes, two digits each
                ) -> dict:           # off_class, shared, chance: shares, 0 to 1
-    "How much of M leaves the class, and which share of that goes to classes with a common digit (@eq-shared)."
-    m, related = between_classes(transition.double(), len(classes)), share_a_digit(classes).to(transition.device)
+    """How much of M leaves the class, and which share of that goes to classes with a common digit
+    (@eq-shared)."""
+    m, related = between_classes(transition.double(),
+                                 len(classes)), share_a_digit(classes).to(transition.device)
     own, other = m.diagonal().sum().item(), m.sum().item()
     off = other - own
-    return dict(off_class=off / other, shared=m[related].sum().item() / off if off > 0 else float('nan'),
+    return dict(off_class=off / other, shared=m[related].sum().item() / off if off > 0
+                else float('nan'),
                 chance=related.sum().item() / (len(classes) * (len(classes) - 1)))
 
 # %% ../../nbs/results/pictures.ipynb #1e01bd42
 @torch.no_grad()
 def subclass_cells(supervision, # fitted `SubClasses`
                    stream: Iterable, # of (rows, labels)
-                  ) -> tuple:   # two vectors: the sub-class h1 of every row, and its distance to that prototype
+                  ) -> tuple: # the sub-class h1 of every row, and its distance to that prototype
     "The own sub-class of every row."
     subclass, distance = [], []
     for rows, labels in stream:
@@ -68,7 +73,7 @@ def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
                   clusters: int,    # K
                   count: int,       # cells of each sub-class
                   per_image: int,   # h * w, cells of an image: one of them at most is taken
-                 ) -> Tensor:       # K x count places in the N; -1 where a sub-class has too few images
+                 ) -> Tensor: # K x count places in the N; -1 where a sub-class has too few images
     "The most typical cells of each sub-class."
     order = distance.argsort(stable=True)
     order = order[subclass[order].argsort(stable=True)]            # by sub-class, the nearest first
@@ -86,20 +91,23 @@ def nearest_cells(subclass: Tensor, # N, of `subclass_cells`
 def patch_at(images: Images,      # N images
              cell: int,           # place among the cells of all images
              grid: tuple,         # (h, w)
-             size: Optional[int] = None, # pixels to the side; None: three quarters of the image's height
-            ) -> tuple:           # (3 x size x size bytes, white beyond the image; the cell's x, y, width, height in it)
+             # pixels to the side; None: three quarters of the image's height
+             size: Optional[int] = None,
+            ) -> tuple: # (3 x size x size bytes, white beyond; the cell's x, y, width, height)
     "The region around a cell."
     (h, w), (height, width) = grid, images.images.shape[2:]
     image, place = divmod(int(cell), h * w)
     cell_h, cell_w, size = height / h, width / w, size or height * 3 // 4
-    top, left = (round((i + .5) * c - size / 2) for i, c in ((place // w, cell_h), (place % w, cell_w)))
+    top, left = (round((i + .5) * c - size / 2) for i,
+                 c in ((place // w, cell_h), (place % w, cell_w)))
     padded = F.pad(images.images[image], (size,) * 4, value=255)
     frame = (place % w) * cell_w - left, (place // w) * cell_h - top, cell_w, cell_h
     return padded[:, top + size:top + 2 * size, left + size:left + 2 * size], frame
 
 # %% ../../nbs/results/pictures.ipynb #e65b5056
 def _heat_map(fig, ax, m: Tensor, classes):
-    shown = ax.imshow(m.clamp(min=1e-4).cpu(), cmap='rocket_r', norm=LogNorm(1e-4, 1), interpolation='nearest')
+    shown = ax.imshow(m.clamp(min=1e-4).cpu(), cmap='rocket_r', norm=LogNorm(1e-4, 1),
+                      interpolation='nearest')
     step = max(1, len(classes) // 10)
     ticks = range(0, len(classes), step)
     for t in ticks[1:]:
@@ -107,7 +115,8 @@ def _heat_map(fig, ax, m: Tensor, classes):
     names = [classes[t] for t in ticks]
     ax.set_xticks(ticks, names), ax.set_yticks(ticks, names)
     ax.set(xlabel="nearest sub-class's class", ylabel='own class')
-    fig.colorbar(shown, ax=ax, location='bottom', shrink=.8, aspect=40, pad=.02, label='share of the class (log scale)')
+    fig.colorbar(shown, ax=ax, location='bottom', shrink=.8, aspect=40, pad=.02,
+                 label='share of the class (log scale)')
 
 def _patches(ax, images: Images, cells: Tensor, grid: tuple, label: str):
     for i, cell in enumerate(cells.tolist()):
@@ -117,10 +126,12 @@ def _patches(ax, images: Images, cells: Tensor, grid: tuple, label: str):
             _frame(ax, i, *(v / patch.shape[1] for v in where), colour, line)
     _strip(ax, len(cells), label)
 
-def _in_words(transition: Tensor, classes) -> str: # what @eq-shared found, for classes that are pairs of digits
+def _in_words(transition: Tensor, classes
+             ) -> str: # what @eq-shared found, for classes that are pairs of digits
     if any(len(c) != 2 or not c.isdigit() for c in classes): return ''
     m = shared_mass(transition, classes)
-    return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes to classes "
+    return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes "
+            f"to classes "
             f"with the same digit in one place (by chance {m['chance']:.0%})")
 
 # %% ../../nbs/results/pictures.ipynb #67ff14e5
@@ -130,7 +141,8 @@ def show_transitions(transition: Tensor, # M, K x K
                      grid: tuple,        # (h, w)
                      shown: int = 4,     # sub-classes of each kind
                     ) -> Figure:        # a heat map and patches
-    "The transition matrix between classes, its most discriminative and its most shared sub-classes as patches."
+    """The transition matrix between classes, its most discriminative and its most shared
+    sub-classes as patches."""
     classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
     ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
     fig = Figure((6.2 + .68 * cells.shape[1], 5.6), dpi=80, layout='constrained')
@@ -146,20 +158,25 @@ def show_transitions(transition: Tensor, # M, K x K
     return fig
 
 # %% ../../nbs/results/pictures.ipynb #5e847ecb
-def _annotated(ax, picture: Tensor, own: Tensor, grid: tuple, marked: dict): # 3 x H x W bytes; h*w numbers; {letter: cell}
+def _annotated(ax, picture: Tensor, own: Tensor, grid: tuple, marked: dict):
+    # 3 x H x W bytes; h*w numbers; {letter: cell}
     (h, w), (y, x) = grid, np.divmod(np.arange(len(own)), grid[1])
     _show(ax, 0, picture)
-    ax.scatter((x + .5) / w, (y + .5) / h, s=1000 / len(own), c=[f'C{n}' for n in own.tolist()], edgecolor='white', linewidth=1)
+    ax.scatter((x + .5) / w, (y + .5) / h, s=1000 / len(own), c=[f'C{n}' for n in own.tolist()],
+               edgecolor='white', linewidth=1)
     for cell, n in enumerate(own.tolist()):
-        ax.text((x[cell] + .5) / w, (y[cell] + .5) / h, n, size=6, color='white', ha='center', va='center')
+        ax.text((x[cell] + .5) / w, (y[cell] + .5) / h, n, size=6, color='white', ha='center',
+                va='center')
     for letter, cell in marked.items():
-        for colour, line in (('white', 3), ('black', 1.4)): _frame(ax, 0, x[cell] / w, y[cell] / h, 1 / w, 1 / h, colour, line)
+        for colour, line in (('white', 3), ('black', 1.4)):
+            _frame(ax, 0, x[cell] / w, y[cell] / h, 1 / w, 1 / h, colour, line)
         ax.text((x[cell] + .06) / w, (y[cell] + .08) / h, letter, size=8, weight='bold', va='top',
                 path_effects=[withStroke(linewidth=2, foreground='white')])
     _strip(ax, 1, '')
 
 # %% ../../nbs/results/pictures.ipynb #fc78687b
-def _mass(ax, p_t: Tensor, own: int, classes, per_class: int, letter: str, bars: int = 8): # K numbers; the image's class
+def _mass(ax, p_t: Tensor, own: int, classes, per_class: int, letter: str, bars: int = 8):
+    # K numbers; the image's class
     mass, where = p_t.topk(min(bars, len(p_t)))
     names = [f'{classes[k // per_class]}·{k % per_class}' for k in where.tolist()]
     colours = ['.25' if k // per_class == own else '.72' for k in where.tolist()]
@@ -168,12 +185,14 @@ def _mass(ax, p_t: Tensor, own: int, classes, per_class: int, letter: str, bars:
     ax.tick_params(axis='y', labelsize=7)
     ax.set_ylim(0, 1)
     ax.set_ylabel('$p_T$', fontsize=8)
-    ax.set_title(f'{letter}: {mass.sum():.0%} of the mass shown, perplexity {torch.special.entr(p_t).sum().exp():.1f}', fontsize=8, loc='left')
+    ax.set_title(f'{letter}: {mass.sum():.0%} of the mass shown, perplexity '
+                 f'{torch.special.entr(p_t).sum().exp():.1f}', fontsize=8, loc='left')
 
 # %% ../../nbs/results/pictures.ipynb #cc6b4372
 def show_annotations(supervision,     # fitted `SubClasses`
                      images: Images,  # N images
-                     own: Tensor,     # N*h*w, the sub-class of each of their cells, see `subclass_cells`
+                     # N*h*w, the sub-class of each of their cells, see `subclass_cells`
+                     own: Tensor,
                      grid: tuple,     # (h, w)
                      count: int = 4,  # images shown, the first ones
                     ) -> Figure:      # a row for each image
@@ -183,8 +202,10 @@ def show_annotations(supervision,     # fitted `SubClasses`
     fig, axes = new_figure(8.2, 1.75 * count, count, 3, style='white', width_ratios=(1, 1.7, 1.7))
     for (picture, *bars), i in zip(axes, range(count)):
         cells = own.view(len(images), -1)[i].cpu()
-        marked, label = dict(a=int(flatness[cells].argmin()), b=int(flatness[cells].argmax())), int(images.labels[i])
+        marked, label = dict(a=int(flatness[cells].argmin()),
+                             b=int(flatness[cells].argmax())), int(images.labels[i])
         _annotated(picture, images.images[i], cells % k, grid, marked)
         picture.set_title(images.classes[label], fontsize=9)
-        for ax, (letter, cell) in zip(bars, marked.items()): _mass(ax, transition[cells[cell]], label, images.classes, k, letter)
+        for ax, (letter, cell) in zip(bars, marked.items()):
+            _mass(ax, transition[cells[cell]], label, images.classes, k, letter)
     return fig

@@ -46,7 +46,8 @@ def pooled(model: nn.Module,  # any network
         maps = as_maps(model, maps, images, layouts)
         found.append([rows(maps[tap], (1, 1)).double().cpu() for tap in taps])
         labels.append(y.cpu())
-    return {tap: torch.cat(x).numpy() for tap, x in zip(taps, zip(*found))}, torch.cat(labels).numpy()
+    return ({tap: torch.cat(x).numpy() for tap, x in zip(taps, zip(*found))},
+            torch.cat(labels).numpy())
 
 # %% ../../nbs/results/probes.ipynb #80d32d36
 def lda_probe(model: nn.Module, # any network
@@ -57,7 +58,8 @@ def lda_probe(model: nn.Module, # any network
     "How well LDA tells the classes of new images by the pooled map (@eq-probe), by scikit-learn."
     (x, y), (new, truth) = (pooled(model, taps, batches) for batches in (known, unseen))
     with one_thread():
-        return {tap: 100 * float(LinearDiscriminantAnalysis().fit(x[tap], y).score(new[tap], truth)) for tap in x}
+        return {tap: 100 * float(LinearDiscriminantAnalysis().fit(x[tap], y).score(new[tap], truth))
+                for tap in x}
 
 # %% ../../nbs/results/probes.ipynb #2d54b172
 def intermediate_probe(distiller: Distiller, # trained, with a term named 'intermediate'
@@ -66,9 +68,12 @@ def intermediate_probe(distiller: Distiller, # trained, with a term named 'inter
                       ) -> dict:             # {'lda x': top-1 in percent, 'lda xhat': the same}
     "The probe at the input and the output of the intermediate KD layer."
     layers = {term.name: layer for term in distiller.terms for layer in term.layers.values()}
-    if 'intermediate' not in layers: raise ValueError(f'intermediate_probe: found KD layers of {list(layers) or "no term"}; '
-                                                      "expected one of the term 'intermediate', as letkd2 has")
-    path = next(path for path, layer in kd_layers(distiller.student).items() if layer is layers['intermediate'])
+    if 'intermediate' not in layers: raise ValueError('intermediate_probe: found KD layers of '
+                                                      f'{list(layers) or "no term"}; '
+                                                      "expected one of the term 'intermediate', as "
+                                                      "letkd2 has")
+    path = next(path for path, layer in kd_layers(distiller.student).items()
+                if layer is layers['intermediate'])
     found = lda_probe(distiller.student, (f'{path}:input', path), known, unseen)
     return {'lda x': found[f'{path}:input'], 'lda xhat': found[path]}
 
@@ -80,19 +85,23 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
               checkpoint_every: str = '5m', # within an epoch, as for `run`
               log: Optional[str] = None,    # of every epoch, as for `run`
              ) -> dict:                     # its record, with `probe`
-    "Run an experiment if need be, probe its student on training and test images, and note it in the record."
-    record, path = run(e, out, device, quiet, checkpoint_every, log), Path(out)/e.folder/'record.json'
+    """Run an experiment if need be, probe its student on training and test images, and note it in
+    the record."""
+    record, path = run(e, out, device, quiet, checkpoint_every,
+                       log), Path(out)/e.folder/'record.json'
     if 'probe' in record: return record
     distiller = load_run(e, out, device)
     where = next(distiller.student.parameters()).device
-    known, unseen = (DATASETS[e.dataset].batches(e.load(split).to(where), 500) for split in ('train', e.eval_split))
+    known, unseen = (DATASETS[e.dataset].batches(e.load(split).to(where), 500)
+                     for split in ('train', e.eval_split))
     record['probe'] = intermediate_probe(distiller, known, unseen)
     write_text(path, json.dumps(record, indent=1) + '\n')
     return read_record(path)
 
 # %% ../../nbs/results/probes.ipynb #7e250e43
 def _adds(module: nn.Module, x: Tensor, out: Tensor) -> int: # of one call, on a batch
-    if isinstance(module, KDLayer): return len(rows(x)) * module.templates.numel() * (2 if module.alpha else 1)
+    if isinstance(module, KDLayer):
+        return len(rows(x)) * module.templates.numel() * (2 if module.alpha else 1)
     if isinstance(module, nn.Linear): return out.numel() * module.in_features
     return out.numel() * module.weight[0].numel()
 
@@ -101,8 +110,11 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
                  ) -> dict:         # {module path: multiply-adds for one image}
     "What a forward pass computes, in the layers that make up its cost (@eq-adds)."
     found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer)
-    note = lambda path: lambda module, args, out: found.update({path: found.get(path, 0) + _adds(module, args[0], out) // len(images)})
-    hooks = [m.register_forward_hook(note(path)) for path, m in model.named_modules() if isinstance(m, kinds)]
+    note = (lambda path: lambda module, args,
+            out: found.update({path: found.get(path, 0)
+                               + _adds(module, args[0], out) // len(images)}))
+    hooks = [m.register_forward_hook(note(path)) for path, m in model.named_modules()
+             if isinstance(m, kinds)]
     try:
         with evaluating(model): model(images)
     finally:
@@ -111,7 +123,8 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
 
 # %% ../../nbs/results/probes.ipynb #0b2590f5
 def _seconds(work, cuda: bool) -> float: # of a function; of processor time on a CPU
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)
+    wait, clock = ((torch.cuda.synchronize, time.perf_counter) if cuda
+                   else (lambda: None, time.process_time))
     wait()
     start = clock()
     work()
@@ -131,10 +144,13 @@ def seconds_per_image(models: dict,     # {name: network}, on one device
 # %% ../../nbs/results/probes.ipynb #734396f1
 SHAPES = dict(cifar10=(10, 32), cifar100=(100, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
               digit_pairs=(100, 16), digit_pairs_paper=(100, 32))  # data set: classes, pixels
-COSTS = {('intermediate', 8): 2., ('penultimate', 64): 2., ('penultimate', 256): None, ('penultimate', 1024): None,
-         ('penultimate', 4096): 20.}  # (place, sub-classes in each class or templates): published, % of the seconds
+COSTS = {('intermediate', 8): 2., ('penultimate', 64): 2., ('penultimate', 256): None,
+         ('penultimate', 1024): None,
+         # (place, sub-classes in each class or templates): published, % of the seconds
+         ('penultimate', 4096): 20.}
 
-def _with_layer(plain: nn.Module, tap: str, templates: int, images: Tensor) -> nn.Module: # a copy with a KD layer
+def _with_layer(plain: nn.Module, tap: str, templates: int, images: Tensor
+               ) -> nn.Module: # a copy with a KD layer
     with evaluating(plain), capture(plain, [tap]) as maps: plain(images[:1])
     model = copy.deepcopy(plain)
     insert(model, tap, KDLayer(rows(maps[tap]).shape[1], templates).to(images.device))
@@ -148,20 +164,26 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
                 device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
                ) -> pd.DataFrame:         # a row for each of `COSTS`
     "What one KD layer adds to a student, on random images; nothing is trained."
-    device, (classes, pixels) = device or ('cuda' if torch.cuda.is_available() else 'cpu'), SHAPES[dataset]
-    images, plain = torch.randn(batch, 3, pixels, pixels, device=device), create_model(student, classes).to(device).eval()
+    device, (classes, pixels) = device or ('cuda' if torch.cuda.is_available()
+                                           else 'cpu'), SHAPES[dataset]
+    images, plain = torch.randn(batch, 3, pixels, pixels,
+                                device=device), create_model(student, classes).to(device).eval()
     found = []
     for (place, k), theirs in COSTS.items():
-        templates, tap = k * classes if place == 'intermediate' else k, getattr(places_of(student), place)
-        found.append(dict(place=place, templates=templates, published=theirs, **_cost(plain, tap, templates, images, rounds)))
+        templates, tap = (k * classes if place == 'intermediate' else k,
+                          getattr(places_of(student), place))
+        found.append(dict(place=place, templates=templates, published=theirs,
+                          **_cost(plain, tap, templates, images, rounds)))
     return pd.DataFrame(found)
 
 def _cost(plain: nn.Module, tap: str, templates: int, images: Tensor, rounds: int) -> dict:
     model = _with_layer(plain, tap, templates, images)
     ((path, layer),), adds = kd_layers(model).items(), multiply_adds(model, images)
-    seconds = seconds_per_image(dict(plain=plain, layer=model, folded=folded(model)), images, rounds)
+    seconds = seconds_per_image(dict(plain=plain, layer=model, folded=folded(model)),
+                                images, rounds)
     own = dict(parameters=sum(p.numel() for p in layer.parameters()), multiply_adds=adds.pop(path))
-    whole = dict(parameters=sum(p.numel() for p in plain.parameters()), multiply_adds=sum(adds.values()))
+    whole = dict(parameters=sum(p.numel() for p in plain.parameters()),
+                 multiply_adds=sum(adds.values()))
     shares = {f'{k}_share': 100 * own[k] / whole[k] for k in own}
     slower = {f'{k}_share': 100 * (seconds[k] / seconds['plain'] - 1) for k in ('layer', 'folded')}
     return own | shares | dict(seconds=seconds['plain']) | slower
@@ -173,25 +195,37 @@ def format_costs(frame: pd.DataFrame,  # of `layer_costs`
                 ) -> str:              # several lines
     "The cost of the layer in words and percent of the student."
     share = lambda value: '' if pd.isna(value) else f'{value:+.1f} %'
-    cells = [{'\nplace': r.place, '\ntemplates': f'{r.templates:,}', '\nparameters': f'{r.parameters:,}', 'of the\nstudent': share(r.parameters_share),
-              '\nmultiply-adds': f'{r.multiply_adds:,}', 'of the \nstudent': share(r.multiply_adds_share), 'seconds\nwith layer': share(r.layer_share),
-              'seconds\nfolded': share(r.folded_share), 'seconds\npublished': share(r.published)} for r in frame.itertuples()]
+    cells = [{'\nplace': r.place, '\ntemplates': f'{r.templates:,}',
+              '\nparameters': f'{r.parameters:,}', 'of the\nstudent': share(r.parameters_share),
+              '\nmultiply-adds': f'{r.multiply_adds:,}',
+              'of the \nstudent': share(r.multiply_adds_share),
+              'seconds\nwith layer': share(r.layer_share),
+              'seconds\nfolded': share(r.folded_share), 'seconds\npublished': share(r.published)}
+             for r in frame.itertuples()]
     return block(title, pd.DataFrame(cells), style)
 
 # %% ../../nbs/results/probes.ipynb #a978a134
-TRAINING = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167, digit_pairs=20_000, digit_pairs_paper=50_000)  # images
+# images
+TRAINING = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167,
+                digit_pairs=20_000, digit_pairs_paper=50_000)
 
 def random_fit(classes: int # Y
               ) -> Callable: # a stand-in for `Setup.fit`, for timing
-    "Fill K-means prototypes and sub-classes with rows and numbers drawn at random; other supervisions stay unfitted."
+    """Fill K-means prototypes and sub-classes with rows and numbers drawn at random; other
+    supervisions stay unfitted."""
     def fit(supervision, stream):
         r = next(iter(stream))[0]
         if isinstance(supervision, KMeansPrototypes):
-            supervision.prototypes, supervision.inertia = r[torch.randint(len(r), (supervision.num_prototypes,), device=r.device)], r.new_zeros(())
+            chosen = torch.randint(len(r), (supervision.num_prototypes,), device=r.device)
+            supervision.prototypes, supervision.inertia = r[chosen], r.new_zeros(())
         if not isinstance(supervision, SubClasses): return supervision
-        channels, d, k, supervision.num_classes = r.shape[1], min(supervision.num_dims, r.shape[1]), classes * supervision.per_class, classes
-        found = dict(mean=(channels,), projection=(channels, d), eigenvalues=(d,), prototypes=(k, d), transition=(k, k), sizes=(classes, supervision.per_class))
-        for name, shape in found.items(): setattr(supervision, name, torch.rand(shape, device=r.device))
+        channels, d, k, supervision.num_classes = (r.shape[1],
+                                                   min(supervision.num_dims, r.shape[1]),
+                                                   classes * supervision.per_class, classes)
+        found = dict(mean=(channels,), projection=(channels, d), eigenvalues=(d,),
+                     prototypes=(k, d), transition=(k, k), sizes=(classes, supervision.per_class))
+        for name, shape in found.items():
+            setattr(supervision, name, torch.rand(shape, device=r.device))
         supervision.transition = supervision.transition.softmax(1)
         return supervision
     return fit
@@ -202,18 +236,24 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
                  steps: int = 3,    # that are counted, after one that warms up
                  device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
                 ) -> dict:          # per step and image, and for the whole recipe
-    "How long a training step takes on random images, and what that makes for the recipe's epochs; on a CPU in seconds of one core."
+    """How long a training step takes on random images, and what that makes for the recipe's epochs;
+    on a CPU in seconds of one core."""
     e, device = Experiment.named(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
     (classes, pixels), size = SHAPES[e.dataset], batch or e.batch_size
-    data = torch.randn(size, 3, pixels, pixels, device=device), torch.arange(size, device=device) % classes, torch.arange(size, device=device)
-    student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None for n in (e.student, e.teacher))
-    terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate, random_fit(classes), **e.options)
+    data = (torch.randn(size, 3, pixels, pixels, device=device),
+            torch.arange(size, device=device) % classes, torch.arange(size, device=device))
+    student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None
+                        for n in (e.student, e.teacher))
+    terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate,
+                         random_fit(classes), **e.options)
     distiller = Distiller(student, teacher, terms).to(device).train()
     fold_teacher(distiller)  # as experiments do
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
     times = [_step(distiller, optimiser, data) for _ in range(steps + 1)][1:]
-    second, seen = float(np.median(times)), TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs
-    return dict(name=name, step=second, batch=size, image=second / size, days=second / size * seen / 86400)
+    second, seen = (float(np.median(times)),
+                    TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs)
+    return dict(name=name, step=second, batch=size, image=second / size,
+                days=second / size * seen / 86400)
 
 def _step(distiller: Distiller, optimiser, data: tuple) -> float: # seconds
     def work():

@@ -23,17 +23,20 @@ from .tables import block, new_figure, row_of, shown, unusual
 
 # %% ../../nbs/results/published.ipynb #2ee432aa
 def published(dataset: str = '', # such as 'cifar100'; all where empty
-              study: str = '',   # of the ablations: 'clusters', 'layers', 'capacity', 'probe'; empty: the main tables
+              # of the ablations: 'clusters', 'layers', 'capacity', 'probe'; empty: the main tables
+              study: str = '',
              ) -> pd.DataFrame:  # one row for each number, see above
     "What the papers report [@gorgun2023letkd]."
-    frame = pd.read_csv(Path(letkd.__file__).parent/'results'/'published.csv', keep_default_na=False, na_values=dict(sd=['']))
+    frame = pd.read_csv(Path(letkd.__file__).parent/'results'/'published.csv',
+                        keep_default_na=False, na_values=dict(sd=['']))
     frame = frame[frame.study == study]
-    return (frame[frame.dataset == dataset] if dataset else frame).drop(columns='study').reset_index(drop=True)
+    return (frame[frame.dataset == dataset] if dataset
+            else frame).drop(columns='study').reset_index(drop=True)
 
 # %% ../../nbs/results/published.ipynb #70bf11eb
 def beside(frame: pd.DataFrame, # of `letkd.results.tables.summary`
            dataset: str,        # such as 'cifar100'
-          ) -> pd.DataFrame:    # the published rows, with n, last, last_sd, best and difference of ours, and the same as original_n ...
+          ) -> pd.DataFrame: # published rows, beside n, last, last_sd, best, difference of ours
     "The published figures of a data set with our own, blank where there is no run."
     both = published(dataset)
     for recipe, prefix in zip(RECIPES, ('', 'original_')):
@@ -42,45 +45,60 @@ def beside(frame: pd.DataFrame, # of `letkd.results.tables.summary`
         both[f'{prefix}difference'] = both[f'{prefix}last'] - both.value
     return both
 
-_OURS = dict(top1=dict(top1_last='last', top1_last_sd='last_sd', top1_best='best'), top5=dict(top5_last='last'))
+_OURS = dict(top1=dict(top1_last='last', top1_last_sd='last_sd', top1_best='best'),
+             top5=dict(top5_last='last'))
 
 _NUMBERS = ('n', 'last', 'last_sd', 'best')
 
 def _ours(frame: pd.DataFrame, dataset: str, recipe: str) -> pd.DataFrame:
     columns = ['pair', 'method', 'metric', *_NUMBERS]
     if frame.empty: return pd.DataFrame(columns=columns).astype({k: float for k in _NUMBERS})
-    fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.teacher != '') & (frame.options == '') & (frame.n > 0) & (frame.note == '')]
+    fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.n > 0)]
+    fair = fair[(fair.teacher != '') & (fair.options == '') & (fair.note == '')]
     fair = fair.assign(pair=fair.teacher + '-' + fair.student)
-    fair = fair[[row.settings == _recipe_words(dataset, row.pair, row.method, recipe) for row in fair.itertuples()]]
-    return pd.concat([fair.rename(columns=names).assign(metric=metric).reindex(columns=columns) for metric, names in _OURS.items()])
+    fair = fair[[row.settings == _recipe_words(dataset, row.pair, row.method, recipe)
+                 for row in fair.itertuples()]]
+    return pd.concat([fair.rename(columns=names).assign(metric=metric).reindex(columns=columns)
+                      for metric, names in _OURS.items()])
 
-def _recipe_words(dataset: str, pair: str, method: str, recipe: str) -> str: # what `summary` says of a pair's settings
+def _recipe_words(dataset: str, pair: str, method: str, recipe: str
+                 ) -> str: # what `summary` says of a pair's settings
     own = 'kd' if method in ('teacher', 'student') else method  # these two stand in the table of KD
     return unusual(Experiment.named(f'{dataset}/{pair}/{own}', recipe))[0]
 
-# %% ../../nbs/results/published.ipynb #b1d9589f
-def _cells(row: pd.Series, original: bool) -> dict: # {heading: cell}; with the columns of the original recipe?
+# %% ../../nbs/results/published.ipynb #c83c2e0b
+def _cells(row: pd.Series, original: bool
+          ) -> dict: # {heading: cell}; with the columns of the original recipe?
     number = lambda value, form='.2f': '' if pd.isna(value) else format(value, form)
     spread = lambda mean, sd: number(mean) + ('' if pd.isna(sd) else f' ± {sd:.2f}')
-    cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd), '\nepoch': '' if pd.isna(row.value) else row.epoch or '?'}
+    cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd), '\nepoch': ''
+             if pd.isna(row.value) else row.epoch or '?'}
     for name, prefix in (('ours', ''), *[('original', 'original_')] * original):
         n, last, sd, best, difference = (row[prefix + k] for k in (*_NUMBERS, 'difference'))
-        cells |= {f'{name}\nlast epoch': spread(last, sd) + ('' if pd.isna(n) else f' ({n:.0f})'), f'{name}\nbest epoch': number(best),
+        cells |= {f'{name}\nlast epoch': spread(last, sd) + ('' if pd.isna(n) else f' ({n:.0f})'),
+                  f'{name}\nbest epoch': number(best),
                   f'{name}\ndifference': number(difference, '+.2f')}
     return cells
 
-NOTE = ('Epoch: of the published figure; best on the test set, or ? where the source does not say. Difference: ours at the last epoch less what is published.\n'
-        'Ours: by letKD\'s recipe. Original: by the recipe of the paper that the row comes from, where there are such runs.')
+NOTE = ('Epoch: of the published figure; best on the test set, or ? where the source does not say. '
+        'Difference: ours at the last epoch less what is published.\n'
+        'Ours: by letKD\'s recipe. Original: by the recipe of the paper that the row comes from, '
+        'where there are such runs.')
 
+# %% ../../nbs/results/published.ipynb #b1d9589f
 def format_beside(frame: pd.DataFrame, # of `beside`
                   style: str = 'text', # or 'markdown'
                  ) -> str:             # several lines
     "Published figures and ours as the command line prints them."
     blocks, original = [], 'original_last' in frame and bool(frame.original_last.notna().any())
-    for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})], sort=False):
-        cells, sources = pd.DataFrame([_cells(row, original) for _, row in rows.iterrows()]), '; '.join(filter(None, rows.source.unique()))
-        notes = ''.join(f'\n\n{row.method}, {row.value:.2f}: {row.note}.' for row in rows.itertuples() if row.note)
-        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: {sources or 'nothing'}", cells, style) + notes)
+    tops = frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})
+    for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', tops], sort=False):
+        cells, sources = (pd.DataFrame([_cells(row, original) for _, row in rows.iterrows()]),
+                          '; '.join(filter(None, rows.source.unique())))
+        notes = ''.join(f'\n\n{row.method}, {row.value:.2f}: {row.note}.'
+                        for row in rows.itertuples() if row.note)
+        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: "
+                            f"{sources or 'nothing'}", cells, style) + notes)
     return '\n\n'.join([*blocks, NOTE])
 
 # %% ../../nbs/results/published.ipynb #a9f3e2f4
@@ -91,22 +109,29 @@ def plot_beside(frame: pd.DataFrame, # of `beside`
     pairs, methods = list(frame.groupby('pair', sort=False)), list(frame.method.unique())
     columns = min(len(pairs), 5)
     lines = -(-len(pairs) // columns)
-    fig, axes = new_figure(1.2 + 2 * columns, .9 + (.4 + .19 * len(methods)) * lines, lines, columns, sharey=True)
+    fig, axes = new_figure(1.2 + 2 * columns, .9 + (.4 + .19 * len(methods)) * lines, lines,
+                           columns, sharey=True)
     for ax in axes.flat[len(pairs):]: ax.set_axis_off()
-    for ax, (pair, rows) in zip(axes.flat, pairs): _panel(ax, pair, rows.assign(place=rows.method.map(methods.index)), methods)
+    for ax, (pair, rows) in zip(axes.flat, pairs):
+        _panel(ax, pair, rows.assign(place=rows.method.map(methods.index)), methods)
     for ax in axes[-1]: ax.set_xlabel('top-1 (%)')
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    handles = {label: handle for ax in axes.flat for handle,
+               label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False)
     return fig
 
 # %% ../../nbs/results/published.ipynb #4f15d386
 def _panel(ax, pair: str, rows: pd.DataFrame, methods: list):
     for name, line in (('student', '-'), ('teacher', '--')):
-        for value in rows[rows.method == name].value: ax.axvline(value, color='.6', ls=line, lw=1, zorder=1)
-    sns.scatterplot(rows, x='value', y='place', s=36, facecolor='none', edgecolor='.15', linewidth=1.2, label='published', legend=False, ax=ax)
-    ax.errorbar(rows['last'], rows.place, xerr=rows.last_sd, fmt='D', ms=3.5, color='C0', label='ours, last epoch')
+        for value in rows[rows.method == name].value:
+            ax.axvline(value, color='.6', ls=line, lw=1, zorder=1)
+    sns.scatterplot(rows, x='value', y='place', s=36, facecolor='none', edgecolor='.15',
+                    linewidth=1.2, label='published', legend=False, ax=ax)
+    ax.errorbar(rows['last'], rows.place, xerr=rows.last_sd, fmt='D', ms=3.5, color='C0',
+                label='ours, last epoch')
     if rows.original_last.notna().any():
-        ax.errorbar(rows.original_last, rows.place, xerr=rows.original_last_sd, fmt='s', ms=3.5, mfc='none', color='C1', label='original recipe, last epoch')
+        ax.errorbar(rows.original_last, rows.place, xerr=rows.original_last_sd, fmt='s', ms=3.5,
+                    mfc='none', color='C1', label='original recipe, last epoch')
     ax.set(xlabel='', ylabel='', ylim=(len(methods) - .5, -.5))
     ax.set_yticks(range(len(methods)), methods)
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -123,35 +148,47 @@ class Study:
     metrics: tuple = ('top1',) # as in `published`
 
 _PENULTIMATE = ('quest', 'letkd1')
-_LAYERS = ('alpha_penultimate=0.0, alpha_intermediate=0.0', 'alpha_intermediate=0.0', 'alpha_penultimate=0.0', '')
+_LAYERS = ('alpha_penultimate=0.0, alpha_intermediate=0.0', 'alpha_intermediate=0.0',
+           'alpha_penultimate=0.0', '')
 
 # %% ../../nbs/results/published.ipynb #9a749e3c
 ABLATIONS = dict(
-    clusters=Study("3x3 kernels of the teacher instead of K-means", ('resnet56-resnet20', 'resnet110-resnet32', 'resnet83-resnet29'),
-                   ('teacher', 'student', *(f'{m} kernels=True' for m in _PENULTIMATE), *_PENULTIMATE)),
+    clusters=Study("3x3 kernels of the teacher instead of K-means",
+                   ('resnet56-resnet20', 'resnet110-resnet32', 'resnet83-resnet29'),
+                   ('teacher', 'student', *(f'{m} kernels=True' for m in _PENULTIMATE),
+                    *_PENULTIMATE)),
     layers=Study('which layers, and their alpha', ('resnet56-resnet20',),
-                 ('letkd_intermediate alpha_intermediate=0.0', 'letkd_intermediate', *_PENULTIMATE, *(f'letkd2 {o}'.strip() for o in _LAYERS))),
-    capacity=Study('is it the supervision or the size of the layer', ('resnet110-resnet32',), ('student', 'fitnet', 'fitnet+layer', 'fitnet+letkd1')),
-    subclasses=Study('sub-classes in each class', ('resnet56-resnet20',), tuple(f'letkd2 per_class={k}' for k in (1, 2, 4, 8, 16, 32))),
+                 ('letkd_intermediate alpha_intermediate=0.0', 'letkd_intermediate', *_PENULTIMATE,
+                  *(f'letkd2 {o}'.strip() for o in _LAYERS))),
+    capacity=Study('is it the supervision or the size of the layer', ('resnet110-resnet32',),
+                   ('student', 'fitnet', 'fitnet+layer', 'fitnet+letkd1')),
+    subclasses=Study('sub-classes in each class', ('resnet56-resnet20',),
+                     tuple(f'letkd2 per_class={k}' for k in (1, 2, 4, 8, 16, 32))),
     naive=Study('two layers of distillation, with and without KD layers', ('resnet56-resnet20',),
                 ('student', 'fitnet', 'fitnet2', f'letkd2 {_LAYERS[0]}', 'letkd2')),
-    probe=Study('LDA on the pooled map before and after the intermediate layer', ('resnet56-resnet20',),
+    probe=Study('LDA on the pooled map before and after the intermediate layer',
+                ('resnet56-resnet20',),
                 ('letkd2 alpha_intermediate=0.0', 'letkd2'), ('lda x', 'lda xhat')),
 )
 
 # %% ../../nbs/results/published.ipynb #8ae0aefc
-def _study(name: str) -> tuple: # (`Study`, its name in the table); a main table is a study of all its pairs
+def _study(name: str
+          ) -> tuple: # (`Study`, its name in the table); a main table is a study of all its pairs
     kind, _, short = name.rpartition('/')
     if kind == 'ablation' and short in ABLATIONS: return ABLATIONS[short], short
-    if kind or not len(published(name)): raise nearest('study', name, [*published().dataset.unique(), *(f'ablation/{a}' for a in ABLATIONS), 'ablation/cost'])
+    if kind or not len(published(name)):
+        raise nearest('study', name, [*published().dataset.unique(),
+                                      *(f'ablation/{a}' for a in ABLATIONS), 'ablation/cost'])
     return None, ''
 
 def _rows(name: str) -> list: # of (pair, method, options)
     found, _ = _study(name)
-    if found: return [(pair, *(row + ' ').split(' ', 1)) for pair in found.pairs for row in found.rows]
-    return [(row.pair, row.method, '') for row in published(name).query("metric == 'top1'").itertuples()]
+    if found:
+        return [(pair, *(row + ' ').split(' ', 1)) for pair in found.pairs for row in found.rows]
+    return [(row.pair, row.method, '')
+            for row in published(name).query("metric == 'top1'").itertuples()]
 
-# %% ../../nbs/results/published.ipynb #3e5ba6cf
+# %% ../../nbs/results/published.ipynb #982cfac8
 def study(name: str,         # 'cifar100', or 'ablation/layers' and the like, see `ABLATIONS`
           dataset: str = '', # run it on another data set
           pair: str = '',    # on this 'teacher-student' instead of the published pairs
@@ -160,24 +197,33 @@ def study(name: str,         # 'cifar100', or 'ablation/layers' and the like, se
           **settings,        # of all rows; options reach the methods that have them
          ) -> list:          # of `Experiment`s, the rows of one seed before those of the next
     "The experiments behind a published table."
-    if recipe == 'original' and '/' in name: raise ValueError(f"recipe: found 'original' for {name}, whose rows are all by letKD's recipe; expected a main table, such as cifar100")
-    found = [e for seed in range(seeds) for _, method, _, e in _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)
-             if method != 'teacher' or not e.teacher_checkpoint]  # a teacher that is given is not trained
+    if recipe == 'original' and '/' in name:
+        raise ValueError(f"recipe: found 'original' for {name}, whose rows are all by letKD's "
+                         f"recipe; expected a main table, such as cifar100")
+    found = [e for seed in range(seeds) for _, method, _,
+             e in _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)
+             # a teacher that is given is not trained
+             if method != 'teacher' or not e.teacher_checkpoint]
     return list({e.folder: e for e in found}.values())  # each once: a teacher has many students
 
-def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd') -> list: # of (published pair, method, options, `Experiment`)
+# %% ../../nbs/results/published.ipynb #3e5ba6cf
+def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd'
+                ) -> list: # of (published pair, method, options, `Experiment`)
     where, rows = dataset or ('cifar100' if '/' in name else name), _rows(name)
     everything = set().union(*(_known(method) for _, method, _ in rows))
     if unknown := set(settings) - everything: raise nearest('setting', min(unknown), everything)
-    return [(their, method, options.strip(), _experiment(f'{where}/{pair or their}/{method}', method, options, settings, recipe))
+    return [(their, method, options.strip(), _experiment(f'{where}/{pair or their}/{method}',
+                                                         method, options, settings, recipe))
             for their, method, options in rows]
 
 def _experiment(name, method, options: str, settings: dict, recipe: str) -> Experiment:
     own = dict(o.split('=') for o in options.strip().split(', ') if o)
-    return Experiment.named(name, recipe, **own, **{k: v for k, v in settings.items() if k in _known(method) - set(own)})
+    return Experiment.named(name, recipe, **own, **{k: v for k, v in settings.items()
+                                                    if k in _known(method) - set(own)})
 
 def _known(method: str) -> set: # what can be set for a row
-    return {f.name for f in fields(Experiment)} | set(method_options('ce' if method in ('teacher', 'student') else method))
+    return ({f.name for f in fields(Experiment)}
+            | set(method_options('ce' if method in ('teacher', 'student') else method)))
 
 # %% ../../nbs/results/published.ipynb #5dece947
 def beside_study(name: str,         # 'ablation/layers' and the like
@@ -189,22 +235,33 @@ def beside_study(name: str,         # 'ablation/layers' and the like
     "An ablation's rows with published and our figures."
     (about, short), ours = _study(name), {}
     for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
-    theirs = pd.concat([published('cifar100', s) for s in ('', *ABLATIONS, short)]).drop_duplicates(['pair', 'method', 'options', 'metric'], keep='last')
-    rows = [dict(pair=where, method=method, options=options, metric=metric, **_measured(ours.get(row_of(e), []), metric),
-                 key=_words(there.changed), fair=(dataset or 'cifar100', pair or where, e.changed) == ('cifar100', where, there.changed))
-            for (where, method, options, e), (*_, there) in zip(_experiments(name, dataset, pair, settings), _experiments(name, '', '', {}))
+    theirs = pd.concat([published('cifar100', s)
+                        for s in ('', *ABLATIONS, short)]).drop_duplicates(['pair', 'method',
+                                                                            'options', 'metric'],
+                                                                           keep='last')
+    rows = [dict(pair=where, method=method, options=options, metric=metric,
+                 **_measured(ours.get(row_of(e), []), metric),
+                 key=_words(there.changed), fair=(dataset or 'cifar100', pair or where, e.changed)
+                 == ('cifar100', where, there.changed))
+            for (where, method, options, e),
+            (*_, there) in zip(_experiments(name, dataset, pair, settings),
+                               _experiments(name, '', '', {}))
             for metric in about.metrics]
     theirs = theirs.rename(columns=dict(options='key'))
-    both = pd.DataFrame(rows).assign(dataset='cifar100').merge(theirs, how='left', on=['dataset', 'pair', 'method', 'key', 'metric']).drop(columns='key')
+    ours, keys = pd.DataFrame(rows).assign(dataset='cifar100'), ['dataset', 'pair', 'method',
+                                                                 'key', 'metric']
+    both = ours.merge(theirs, how='left', on=keys).drop(columns='key')
     both = both.fillna(dict(epoch='', source='', note=''))
     return both.assign(difference=(both['last'] - both.value).where(both.fair))
 
 # %% ../../nbs/results/published.ipynb #eb242827
 def _measured(runs: list, metric: str) -> dict: # of records that differ in the seed alone
-    get = (lambda r: r['top1_last']) if metric == 'top1' else lambda r: r.get('probe', {}).get(metric)
+    get = ((lambda r: r['top1_last']) if metric == 'top1'
+           else lambda r: r.get('probe', {}).get(metric))
     values = pd.Series([v for v in map(get, runs) if v is not None], dtype=float)
     best = pd.Series([r['top1_best'] for r in runs if metric == 'top1'], dtype=float).mean()
-    return dict(n=len(values) or float('nan'), last=values.mean(), last_sd=values.std(ddof=1), best=best)
+    return dict(n=len(values) or float('nan'), last=values.mean(), last_sd=values.std(ddof=1),
+                best=best)
 
 def _words(settings: dict) -> str: return ', '.join(f'{k}={v}' for k, v in settings.items())
 
@@ -215,19 +272,25 @@ def format_study(name: str,          # 'ablation/layers' and the like
                  style: str = 'text', # or 'markdown'
                 ) -> str:            # several lines
     "An ablation as the command line prints it."
-    label = lambda r: f'{r.method} {r.options}'.strip() + (f', {r.metric}' if r.metric != 'top1' else '')
+    label = lambda r: f'{r.method} {r.options}'.strip() + (f', {r.metric}'
+                                                           if r.metric != 'top1' else '')
     named = frame.assign(method=[label(r) for r in frame.itertuples()])
-    return f"{name}: {_study(name)[0].question}{where and f'. Ours: {where}'}\n\n" + format_beside(named, style)
+    return (f"{name}: {_study(name)[0].question}{where and f'. Ours: {where}'}\n\n"
+            + format_beside(named, style))
 
 # %% ../../nbs/results/published.ipynb #3af42532
-def plot_option(frame: pd.DataFrame, # of `beside_study`, for a study whose rows differ in one option
+def plot_option(frame: pd.DataFrame, # of `beside_study`; its rows differ in one option
                 title: str = '',     # what ours are on
                ) -> Figure:          # of one panel
     "Top-1 against the option, such as `per_class`."
-    option, x = frame.options.iloc[0].partition('=')[0], frame.options.str.partition('=')[2].astype(float)
+    option, x = (frame.options.iloc[0].partition('=')[0],
+                 frame.options.str.partition('=')[2].astype(float))
     fig, ((ax,),) = new_figure(4.5, 2.8)
-    ax.errorbar(x, frame['last'], frame.last_sd, fmt='D-', ms=4, capsize=3, color='C0', label='ours, last epoch')
-    if frame.fair.any(): sns.scatterplot(x=x, y=frame.value, s=50, facecolor='none', edgecolor='.15', linewidth=1.4, label='published', ax=ax)
+    ax.errorbar(x, frame['last'], frame.last_sd, fmt='D-', ms=4, capsize=3, color='C0',
+                label='ours, last epoch')
+    if frame.fair.any():
+        sns.scatterplot(x=x, y=frame.value, s=50, facecolor='none', edgecolor='.15', linewidth=1.4,
+                        label='published', ax=ax)
     ax.set(xscale='log', xlabel=option, ylabel='top-1 (%)')
     ax.set_xticks(x, [f'{value:g}' for value in x])
     ax.minorticks_off()

@@ -23,21 +23,26 @@ from ..runs.records import _tuples, experiment_of, read_record
 from ..methods import addends, method_options
 
 # %% ../../nbs/results/tables.ipynb #f266f8d9
-_DEFAULT = {f.name: f.default for f in fields(Experiment) if f.name not in ('dataset', 'student', 'options')}
+_DEFAULT = {f.name: f.default for f in fields(Experiment)
+            if f.name not in ('dataset', 'student', 'options')}
 
 # %% ../../nbs/results/tables.ipynb #eb336a06
 class Stranger(Experiment):
     "An experiment with names that are not known here: it is shown, and cannot be run."
     def __post_init__(self):
         _check_fields(self)
-        for text in map(str, (self.dataset, self.student, self.teacher, self.method, *self.options.keys(), *self.options.values())):
+        for text in map(str, (self.dataset, self.student, self.teacher, self.method,
+                              *self.options.keys(), *self.options.values())):
             if not text.isprintable() or '|' in text or not 0 < len(text) <= 200:
-                raise ValueError(f'found the name {text!r:.80}; expected 1 to 200 letters that can be printed')
+                raise ValueError(f'found the name {text!r:.80}; expected 1 to 200 letters that can '
+                                 'be printed')
 
 @patch(as_prop=True)
 def changed(self: Stranger) -> dict: # {setting: value} of what is not the recipe's, and all options
-    recipe = _settings(self.dataset, self.student, self.teacher or '', 'ce', {}) if self.dataset in DATASETS else _DEFAULT
-    found = {k: v for k, v in asdict(self).items() if k in recipe and k not in ('seed', 'teacher', 'method', 'options') and v != recipe[k]}
+    recipe = _settings(self.dataset, self.student, self.teacher or '', 'ce',
+                       {}) if self.dataset in DATASETS else _DEFAULT
+    found = {k: v for k, v in asdict(self).items() if k in recipe
+             and k not in ('seed', 'teacher', 'method', 'options') and v != recipe[k]}
     return found | self.options
 
 def shown(record: dict # as `read_record` returns it
@@ -46,7 +51,8 @@ def shown(record: dict # as `read_record` returns it
     try: return experiment_of(record)
     except (ValueError, ImportError) as error:
         try: return Stranger(**_tuples(record['settings']))
-        except (TypeError, KeyError, AttributeError, RecursionError): raise error from None  # ValueError: of its values
+        except (TypeError, KeyError, AttributeError, RecursionError):
+            raise error from None  # ValueError: of its values
 
 # %% ../../nbs/results/tables.ipynb #e7dac4a1
 def read_records(*places # folders or files
@@ -56,10 +62,13 @@ def read_records(*places # folders or files
     for path in [path for place in places for path in _files(Path(place))]:
         record = read_record(path)
         try: key = shown(record)
-        except (ValueError, ImportError, RecursionError) as error: raise ValueError(f'{path}: {error!s:.500}') from None
+        except (ValueError, ImportError, RecursionError) as error:
+            raise ValueError(f'{path}: {error!s:.500}') from None
         if (said := (record['name'], record['seed'])) != (key.name, key.seed):
-            raise ValueError(f'{path}: found the record of {said[0]:.80} seed {said[1]} with the settings of {key.name} seed {key.seed}')
-        if key not in found or record.get('time', '') > found[key].get('time', ''): found[key] = record
+            raise ValueError(f'{path}: found the record of {said[0]:.80} seed {said[1]} with the '
+                             f'settings of {key.name} seed {key.seed}')
+        if key not in found or record.get('time', '') > found[key].get('time', ''):
+            found[key] = record
     return sorted(found.values(), key=lambda r: (r['name'], r['seed']))
 
 def _files(place: Path) -> list:
@@ -67,14 +76,16 @@ def _files(place: Path) -> list:
     if not place.is_dir():
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
-    return [path for path in files_below(place) if path.suffix == '.json' and path.name != 'config.json' and not path.name.startswith('bench')]
+    return [path for path in files_below(place) if path.suffix == '.json'
+            and path.name != 'config.json' and not path.name.startswith('bench')]
 
 # %% ../../nbs/results/tables.ipynb #0b4a3c70
 def _with(e: Experiment, **changes) -> Experiment: # a stranger may become known
     try: return Experiment(**vars(e) | changes)
     except (ValueError, KeyError, ImportError): return Stranger(**vars(e) | changes)
 
-def _without(e: Experiment, *names) -> Experiment: # these fields at their defaults: they tell nothing apart
+def _without(e: Experiment, *names
+            ) -> Experiment: # these fields at their defaults: they tell nothing apart
     return _with(e, **{name: _DEFAULT[name] for name in names})
 
 def _pair(e: Experiment) -> Experiment: # what the rows of a table share
@@ -92,7 +103,9 @@ def _taught(pair: Experiment) -> Experiment: # the row of its teacher; None wher
     if not isinstance(pair, Stranger): return row_of(pair.of_teacher())
     if pair.dataset not in DATASETS: return None
     given = dict({key: getattr(pair, key) for key in _SHARED}, epochs=pair.teacher_epochs)
-    return row_of(_with(pair, student=pair.teacher, teacher=None, **_settings(pair.dataset, pair.teacher, '', 'ce', given, pair.teacher_recipe)))
+    return row_of(_with(pair, student=pair.teacher, teacher=None,
+                        **_settings(pair.dataset, pair.teacher, '', 'ce', given,
+                                    pair.teacher_recipe)))
 
 # %% ../../nbs/results/tables.ipynb #f093e482
 _OWN = ('penultimate', 'intermediate') # fields that belong to a row, as the method's options do
@@ -102,40 +115,47 @@ def _words(settings: dict) -> str: return ', '.join(f'{k}={v}' for k, v in setti
 def unusual(e: Experiment # any
            ) -> tuple:    # (of the pair, of the row)
     "What is not the recipe's, in words; the split has a column of its own."
-    changed = {k: v for k, v in e.changed.items() if k != 'eval_split' and (e.teacher or not k.startswith('teacher_'))}
+    changed = {k: v for k, v in e.changed.items() if k != 'eval_split'
+               and (e.teacher or not k.startswith('teacher_'))}
     own = {k: v for k, v in changed.items() if k in _OWN or k in e.options}
     return _words({k: v for k, v in changed.items() if k not in own}), _words(own)
 
 # %% ../../nbs/results/tables.ipynb #44100dde
 def _measured(runs: list) -> dict: # of records that differ in the seed alone; may be empty
     "Means, spreads and counts of a row."
-    frame = pd.DataFrame(runs, columns=['top1_last', 'top1_best', 'top5_last', 'seconds', 'parameters'], dtype=float)
+    frame = pd.DataFrame(runs, columns=['top1_last', 'top1_best', 'top5_last', 'seconds',
+                                        'parameters'], dtype=float)
     mean, sd = frame.mean(), frame.std(ddof=1)
     taps = pd.DataFrame([r.get('target_perplexity', {}) for r in runs], dtype=float).mean()
     return dict(n=len(runs), top1_last=mean.top1_last, top1_last_sd=sd.top1_last,
-                top1_best=mean.top1_best, top1_best_sd=sd.top1_best, top5_last=mean.top5_last, gain=float('nan'),
+                top1_best=mean.top1_best, top1_best_sd=sd.top1_best, top5_last=mean.top5_last,
+                gain=float('nan'),
                 seconds=mean.seconds, parameters=mean.parameters,
-                top1_values=[r['top1_last'] for r in runs], curves=[r.get('curve', []) for r in runs],
+                top1_values=[r['top1_last'] for r in runs],
+                curves=[r.get('curve', []) for r in runs],
                 **{f'perplexity {tap}': v for tap, v in taps.items()})
 
 # %% ../../nbs/results/tables.ipynb #d44aef14
-ORDER = ('teacher', 'student', 'ce', 'kd', 'fitnet', 'at', 'ab', 'fsp', 'sp', 'vid', 'crd', 'dkd', 'simkd', 'tdd',
+ORDER = ('teacher', 'student', 'ce', 'kd', 'fitnet', 'at', 'ab', 'fsp', 'sp', 'vid', 'crd', 'dkd',
+         'simkd', 'tdd',
          'quest', 'letkd1', 'letkd2') # then sums, then others
 
 def _place(label: str) -> tuple: # sorts the rows of a pair
     known = ORDER.index(label) if label in ORDER else len(ORDER) + ('+' not in label)
     return known, label
 
-def _rows(pair: Experiment, members: dict, plain: dict) -> list: # members, plain: {experiment: {seed: record}}
+def _rows(pair: Experiment, members: dict, plain: dict
+         ) -> list: # members, plain: {experiment: {seed: record}}
     "The rows of one pair; teacher and student are there even where nothing ran."
     found = [(e.method, unusual(e)[1], runs) for e, runs in members.items()]
     if not pair.teacher: return [('ce', '', plain[pair])]
     taught = plain.get(_taught(pair), {})
-    teacher = {s: r for s, r in taught.items() if s == pair.teacher_seed and not pair.teacher_checkpoint}
+    teacher = {s: r for s, r in taught.items() if s == pair.teacher_seed
+               and not pair.teacher_checkpoint}
     found += [('teacher', '', teacher), ('student', '', plain.get(_alone(pair), {}))]
     return sorted(found, key=lambda r: (_place(r[0]), r[1]))
 
-# %% ../../nbs/results/tables.ipynb #bc495815
+# %% ../../nbs/results/tables.ipynb #84c3f3e7
 def summary(records: list # of `read_records`
            ) -> pd.DataFrame: # one row for each pair, method and options; see above
     "Mean, spread and gain of every method, pair by pair."
@@ -147,18 +167,25 @@ def summary(records: list # of `read_records`
         if e.teacher: pairs.setdefault(_pair(e), {})[e] = runs
     used = {x for pair in pairs for x in (_alone(pair), _taught(pair))}
     pairs |= {e: {} for e in plain if e not in used}
-    return pd.DataFrame([row for pair, members in pairs.items() for row in _table(_rows(pair, members, plain), pair)])
+    return pd.DataFrame([row for pair, members in pairs.items()
+                         for row in _table(_rows(pair, members, plain), pair)])
 
 def _error(call, *args): # of a call, or None
     try: call(*args)
     except Exception as error: return error
 
+# %% ../../nbs/results/tables.ipynb #bc495815
 def _note(e: Experiment, files: dict) -> str: # what is not known here; files: of the record
     if not isinstance(e, Stranger): return ''
-    looks = {'data set': (DATASETS.__getitem__, e.dataset), 'teacher': (_network, e.teacher), 'student': (_network, e.student), 'method': (addends, e.method)}
-    found = [f'the {what} {name}' for what, (look, name) in looks.items() if name and _error(look, name)]
-    if not found: found = [f'settings of {e.name}, {" ".join(str(_error(lambda: Experiment(**vars(e)))).split())[:150]}']
-    return f'Not known here: {", ".join(found)}.' + (f' The record was made with --import {" ".join(files)}.' if files else '')
+    looks = {'data set': (DATASETS.__getitem__, e.dataset), 'teacher': (_network, e.teacher),
+             'student': (_network, e.student), 'method': (addends, e.method)}
+    found = [f'the {what} {name}' for what, (look, name) in looks.items() if name
+             and _error(look, name)]
+    if not found:
+        found = [f'settings of {e.name}, '
+                 f'{" ".join(str(_error(lambda: Experiment(**vars(e)))).split())[:150]}']
+    return f'Not known here: {", ".join(found)}.' + (' The record was made with --import '
+                                                     f'{" ".join(files)}.' if files else '')
 
 def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
     found = [_note(shown(run), run.get('imported', {})) for run in runs.values()]
@@ -168,7 +195,8 @@ def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
 def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row of the frame
     about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student,
                  split=pair.eval_split, settings=unusual(pair)[0])
-    table = [dict(about, method=method, options=options, note=_notes(runs, pair), **_measured(list(runs.values())))
+    table = [dict(about, method=method, options=options, note=_notes(runs, pair),
+                  **_measured(list(runs.values())))
              for method, options, runs in rows]
     alone = next((r['top1_last'] for r in table if r['method'] == 'student'), float('nan'))
     for row in table:
@@ -194,7 +222,8 @@ def _cells(row: pd.Series) -> dict: # {heading: cell}; a heading may have two li
             'top-5\nlast epoch': _number(row.top5_last, '.1f'), '\ngain': _number(row.gain, '+.1f'),
             '\nseconds': _number(row.seconds, ',.0f' if row.seconds >= 10 else '.1f'),
             '\nparameters': _number(row.parameters, ',.0f'),
-            **{k.replace(' ', '\n', 1): _number(v, '.2f') for k, v in row.items() if k.startswith('perplexity ')}}
+            **{k.replace(' ', '\n', 1): _number(v, '.2f') for k, v in row.items()
+               if k.startswith('perplexity ')}}
 
 # %% ../../nbs/results/tables.ipynb #1f15b5f0
 def _text(columns: list) -> list: # of lists of strings, the two lines of the heading first
@@ -217,16 +246,20 @@ def block(title: str,          # the line above
           style: str,          # one of `STYLES`
          ) -> str:             # several lines
     "One table with its title."
-    return '\n'.join([title, '', *STYLES[style]([[*heading.split('\n'), *column] for heading, column in cells.items()])])
+    return '\n'.join([title, '',
+                      *STYLES[style]([[*heading.split('\n'), *column] for heading,
+                                      column in cells.items()])])
 
 # %% ../../nbs/results/tables.ipynb #19e2598a
 NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds).\n'
         'Best epoch: best on the split named above, which also chose it.\n'
-        'Gain: in top-1 at the last epoch, over the student alone with the same settings. Seconds: of the training steps.')
+        'Gain: in top-1 at the last epoch, over the student alone with the same settings. Seconds: '
+        'of the training steps.')
 
 def pairs_of(frame: pd.DataFrame): # of `summary`
     "The table pair by pair: (title, rows)."
-    if frame.empty: raise ValueError('the table: found 0 rows; expected the summary of some records')
+    if frame.empty:
+        raise ValueError('the table: found 0 rows; expected the summary of some records')
     keys = ['dataset', 'teacher', 'student', 'split', 'settings']
     for (dataset, teacher, student, split, settings), rows in frame.groupby(keys, sort=False):
         networks = f'{teacher} → {student}' if teacher else student
@@ -236,14 +269,17 @@ def format_table(frame: pd.DataFrame, # of `summary`
                  style: str = 'text', # or 'markdown'
                 ) -> str:             # several lines
     "The tables of all pairs, as the command line prints them."
-    if style not in STYLES: raise ValueError(f'style: found {style!r}; expected one of {", ".join(STYLES)}')
+    if style not in STYLES:
+        raise ValueError(f'style: found {style!r}; expected one of {", ".join(STYLES)}')
     if frame.empty: return 'no records'
     blocks = []
     for title, rows in pairs_of(frame):
         cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
-        blank = [heading for heading, column in cells.items() if 'perplexity' in heading and not any(column)]
+        blank = [heading for heading, column in cells.items() if 'perplexity' in heading
+                 and not any(column)]
         notes = dict.fromkeys(line for note in rows.note for line in note.splitlines())
-        notes = [line for line in notes if not any(line != other and other.startswith(line) for other in notes)]
+        notes = [line for line in notes if not any(line != other and other.startswith(line)
+                                                   for other in notes)]
         blocks.append('\n\n'.join([block(title, cells.drop(columns=blank), style), *notes]))
     return '\n\n'.join([*blocks, NOTE])
 
@@ -265,7 +301,8 @@ def plot_table(frame: pd.DataFrame # of `summary`
     "Top-1 at the last epoch of every row, with every seed."
     pairs = [(title, rows[rows.n > 0]) for title, rows in pairs_of(frame)]
     heights = [len(rows) + 1.5 for _, rows in pairs]
-    fig, axes = new_figure(6.5, .6 + .27 * sum(heights), len(pairs), sharex=True, height_ratios=heights)
+    fig, axes = new_figure(6.5, .6 + .27 * sum(heights), len(pairs), sharex=True,
+                           height_ratios=heights)
     for ax, (title, rows) in zip(axes[:, 0], pairs): _dots(ax, title, rows)
     axes[-1, 0].set_xlabel('top-1 at the last epoch (%)')
     return fig
@@ -274,12 +311,16 @@ def _dots(ax, title: str, rows: pd.DataFrame):
     named = rows.assign(label=[label(row) for _, row in rows.iterrows()])
     long = named.explode('top1_values').astype(dict(top1_values=float))
     for method, line in (('student', '-'), ('teacher', '--')):
-        for value in rows[rows.method == method].top1_last: ax.axvline(value, color='.35', ls=line, lw=1, zorder=1)
-    sns.stripplot(long, x='top1_values', y='label', color='.45', marker='|', size=9, linewidth=1.2, jitter=False, ax=ax)
-    sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none', markersize=5,
+        for value in rows[rows.method == method].top1_last:
+            ax.axvline(value, color='.35', ls=line, lw=1, zorder=1)
+    sns.stripplot(long, x='top1_values', y='label', color='.45', marker='|', size=9, linewidth=1.2,
+                  jitter=False, ax=ax)
+    sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none',
+                  markersize=5,
                   err_kws=dict(linewidth=2), ax=ax)
     ax.set(xlabel='', ylabel='')
     ax.set_yticks(ax.get_yticks(), [_short(text.get_text(), 40) for text in ax.get_yticklabels()])
     ax.set_title(_short(title, 90), loc='left', fontsize='medium')
 
-def _short(text: str, length: int) -> str: return text if len(text) <= length else f'{text[:length - 1]}…'
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f'{text[:length - 1]}…'

@@ -28,7 +28,9 @@ def _take(lock: FileLock, folder: Path, wait: bool):
     make_folder(folder)
     try: lock.acquire(timeout=0)
     except Timeout:
-        if not wait: raise RuntimeError(f'{folder} is in use by another process; wait for it, or choose another folder') from None
+        if not wait:
+            raise RuntimeError(f'{folder} is in use by another process; wait for it, or choose '
+                               'another folder') from None
         print(f'letkd: waiting for another process that is at work in {folder}', file=sys.stderr)
         lock.acquire()
 
@@ -45,7 +47,8 @@ def locked(folder,               # made if missing; the block gets it as a `Path
     finally: lock.release()
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400014
-KEPT, _NAME = 2, f'checkpoint-{8 * "[0-9]"}-{16 * "[0-9a-f]"}.pt'  # how many stay in a folder; a pattern
+# how many stay in a folder; a pattern
+KEPT, _NAME = 2, f'checkpoint-{8 * "[0-9]"}-{16 * "[0-9a-f]"}.pt'
 
 def _sum(data) -> str: return hashlib.sha256(data).hexdigest()[:16]
 
@@ -55,7 +58,9 @@ class Checkpoints:
 
     def paths(self) -> list: return sorted(self.folder.glob(_NAME), reverse=True) # newest first
 
-    def __str__(self): return f'the last good checkpoint is {self.paths()[0]}' if self.paths() else 'there is no checkpoint yet'
+    def __str__(self):
+        return (f'the last good checkpoint is {self.paths()[0]}' if self.paths()
+                else 'there is no checkpoint yet')
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400015
 @patch
@@ -66,11 +71,13 @@ def save(self: Checkpoints, state: dict): # tensors, numbers, strings, lists and
 @patch
 def _write(self: Checkpoints, state: dict):
     torch.save(state, buffer := io.BytesIO())
-    data, number = buffer.getbuffer(), 1 + max([int(p.name.split('-')[1]) for p in self.paths()], default=0)
+    data, number = buffer.getbuffer(), 1 + max([int(p.name.split('-')[1]) for p in self.paths()],
+                                               default=0)
     path = self.folder/f'checkpoint-{number:08d}-{_sum(data)}.pt'
     try:
         with atomic(path) as part: part.write_bytes(data)
-    except OSError as e: raise OSError(f'{path}: {len(data):,} bytes cannot be written ({e.strerror}); {self}. '
+    except OSError as e: raise OSError(f'{path}: {len(data):,} bytes cannot be written '
+                                       f'({e.strerror}); {self}. '
                                        'Make room, and the same command goes on') from None
     for old in self.paths()[KEPT:]: old.unlink()
 
@@ -81,8 +88,8 @@ def load(self: Checkpoints) -> Optional[dict]: # None where there is none
     data = agreed(self._sound)
     if data is None: return None
     try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{self.folder}: the newest checkpoint is not one of letkd ({type(e).__name__}); '
-                                            'delete it') from None
+    except Exception as e: raise ValueError(f'{self.folder}: the newest checkpoint is not one of '
+                                            f'letkd ({type(e).__name__}); delete it') from None
 
 @patch
 def _sound(self: Checkpoints) -> Optional[bytes]:
@@ -90,7 +97,8 @@ def _sound(self: Checkpoints) -> Optional[bytes]:
     for path in self.paths():
         data = path.read_bytes()
         if _sum(data) == path.stem.split('-')[2]: return data
-        print(f'letkd: {path}: damaged, its SHA-256 begins with {_sum(data)}; passed over, the one before it is used', file=sys.stderr)
+        print(f'letkd: {path}: damaged, its SHA-256 begins with {_sum(data)}; passed over, the one '
+              'before it is used', file=sys.stderr)
         path.rename(path.with_suffix('.damaged'))
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400024
@@ -99,9 +107,11 @@ class Every:
     def __init__(self, text = '5m'): # '200': steps; '90s', '5m', '2h': a time
         found = re.fullmatch(r'(\d+)([smh]?)', str(text))
         if not found or not int(found[1]):
-            raise ValueError(f'checkpoint-every: found {text!r}; expected a number of steps such as 200, or a time such as 90s, 5m or 2h')
+            raise ValueError(f'checkpoint-every: found {text!r}; expected a number of '
+                             'steps such as 200, or a time such as 90s, 5m or 2h')
         number, unit = int(found[1]), found[2]
-        self.steps, self.seconds = (math.inf, number * dict(s=1, m=60, h=3600)[unit]) if unit else (number, math.inf)
+        self.steps, self.seconds = ((math.inf, number * dict(s=1, m=60, h=3600)[unit]) if unit
+                                    else (number, math.inf))
         self.restart()
 
     def restart(self): self.step, self.start = 0, time.monotonic()
@@ -119,7 +129,8 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     "Within this block SIGINT and SIGTERM are noted in `seen`, and not obeyed before the second."
-    def __init__(self, at_once: bool = False): self.seen, self.at_once, self.before = 0, at_once, {} # obey the first one
+    def __init__(self, at_once: bool = False):
+        self.seen, self.at_once, self.before = 0, at_once, {} # obey the first one
 
     def note(self, signum, frame):
         if self.seen or self.at_once: raise Stopped(signum)

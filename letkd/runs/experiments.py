@@ -33,7 +33,7 @@ class Experiment:
     student: str                   # a name `create_model` knows
     teacher: Optional[str] = None  # the same; None: the student is trained alone
     method: str = 'ce'             # a row's name, see `letkd.methods.METHODS`
-    seed: int = 0                  # of the student's weights, the order of the images and their augmentation
+    seed: int = 0 # of the student's weights, the order of the images and their augmentation
     epochs: int = 240              # passes over the training images
     batch_size: int = 64           # images in a step
     drop_last: bool = True         # leave out the last batch of an epoch where it is smaller
@@ -52,59 +52,80 @@ class Experiment:
     train_size: Optional[int] = None # the first so many training images; None: all
     resolution: Optional[int] = None # pixels; None: the data set's own
     difficulty: float = 1.         # of DigitPairs
-    eval_split: str = 'test'       # what is evaluated after each epoch; 'valid' for choosing settings
+    eval_split: str = 'test' # what is evaluated after each epoch; 'valid' for choosing settings
     teacher_seed: int = 0            # of the teacher's own run
     teacher_epochs: int = 240        # of the teacher's own run
     teacher_recipe: str = 'letkd'    # of the teacher's own run, one of `RECIPES`
     teacher_checkpoint: Optional[str] = None # a file for `create_model`; None: train the teacher
-    teacher_normalisation: Union[str, tuple, None] = None # of its images: 'imagenet', or (mean, std) of the three colours; None: the data set's
+    # of its images: 'imagenet', or (mean, std) of the three colours; None: the data set's
+    teacher_normalisation: Union[str, tuple, None] = None
     penultimate: tuple = ('layer3', 'layer3')       # (student's tap, teacher's tap)
     intermediate: tuple = ('layer3.0', 'layer3.0')  # the same, one block earlier
-    options: dict = field(default_factory=dict, hash=False) # of the method, see `letkd.methods.method_options`
+    # of the method, see `letkd.methods.method_options`
+    options: dict = field(default_factory=dict, hash=False)
 
     def __post_init__(self): _check(self)
 
 # %% ../../nbs/runs/experiments.ipynb #53a28ee7
-_RANGES = dict(seed=(0, 2**63 - 1), teacher_seed=(0, 2**63 - 1), epochs=(1, math.inf), teacher_epochs=(1, math.inf), batch_size=(1, math.inf),
-               train_size=(1, math.inf), lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf), resolution=(1, 4096), difficulty=(0, 2))
+_RANGES = dict(seed=(0, 2**63 - 1), teacher_seed=(0, 2**63 - 1), epochs=(1, math.inf),
+               teacher_epochs=(1, math.inf), batch_size=(1, math.inf),
+               train_size=(1, math.inf), lr=(0, math.inf), momentum=(0, 1),
+               weight_decay=(0, math.inf), resolution=(1, 4096), difficulty=(0, 2))
 
 def _fits(value, kind: type) -> bool: # is this a value of the type, and every number in it finite?
     if kind is float: return type(value) in (int, float) and abs(value) < 1e300
     if kind is int: return type(value) is int and abs(value) < 2**63
-    if kind is tuple: return type(value) is tuple and all(type(v) in (str, int, float, tuple) and _fits(v, type(v)) for v in value)
+    if kind is tuple:
+        return type(value) is tuple and all(type(v) in (str, int, float, tuple)
+                                            and _fits(v, type(v)) for v in value)
     return type(value) is kind
 
-def _taps(value, default: tuple) -> bool: # a pair of taps, or a tuple of such pairs, as the default is
+def _taps(value, default: tuple
+         ) -> bool: # a pair of taps, or a tuple of such pairs, as the default is
     if type(value) is not tuple or not value: return False
-    return [*map(type, value)] == [str, str] if isinstance(default[0], str) else all(_taps(v, default[0]) for v in value)
+    return ([*map(type, value)] == [str, str] if isinstance(default[0], str)
+            else all(_taps(v, default[0]) for v in value))
 
 def _misfit(key: str, value, kind) -> ValueError:
-    return ValueError(f'{key}: found {value!r:.80}; expected {kind.__name__ if isinstance(kind, type) else kind}'.replace('typing.', ''))
+    return ValueError(f'{key}: found {value!r:.80}; expected '
+                      f'{kind.__name__ if isinstance(kind, type) else kind}'.replace('typing.', ''))
 
-# %% ../../nbs/runs/experiments.ipynb #8b02e59f
+# %% ../../nbs/runs/experiments.ipynb #9fc50b92
 def _check_fields(e: Experiment):
     for f in fields(e):
-        if not any(_fits(getattr(e, f.name), kind) for kind in get_args(f.type) or [f.type]): raise _misfit(f.name, getattr(e, f.name), f.type)
-        if f.type is float: object.__setattr__(e, f.name, float(getattr(e, f.name)))  # 1 and 1. are one setting, and one folder
+        if not any(_fits(getattr(e, f.name), kind) for kind in get_args(f.type) or [f.type]):
+            raise _misfit(f.name, getattr(e, f.name), f.type)
+        if f.type is float:
+            # 1 and 1. are one setting, and one folder
+            object.__setattr__(e, f.name, float(getattr(e, f.name)))
     for key, (least, most) in _RANGES.items():
         value = getattr(e, key)
         if value is not None and not least <= value <= most:
-            raise ValueError(f'{key}: found {value}; expected at least {least}' + f' and at most {most}' * (most < math.inf))
-    for key, known in dict(schedule=SCHEDULES, eval_split=('train', 'valid', 'test'), padding=PADDINGS, teacher_recipe=RECIPES).items():
+            raise ValueError(f'{key}: found {value}; expected at least {least}'
+                             + f' and at most {most}' * (most < math.inf))
+    for key, known in dict(schedule=SCHEDULES, eval_split=('train', 'valid', 'test'),
+                           padding=PADDINGS, teacher_recipe=RECIPES).items():
         if getattr(e, key) not in known: raise nearest(key, getattr(e, key), known)
-    if not all(_fits(m, float) and 0 <= m <= 1 for m in e.milestones): raise _misfit('milestones', e.milestones, 'shares of the epochs, 0 .. 1')
+    if not all(_fits(m, float) and 0 <= m <= 1 for m in e.milestones):
+        raise _misfit('milestones', e.milestones, 'shares of the epochs, 0 .. 1')
     for key in ('penultimate', 'intermediate'):
-        if not _taps(getattr(e, key), ('', '')): raise _misfit(key, getattr(e, key), 'two taps, of student and teacher')
+        if not _taps(getattr(e, key), ('', '')):
+            raise _misfit(key, getattr(e, key), 'two taps, of student and teacher')
 
+# %% ../../nbs/runs/experiments.ipynb #8b02e59f
 def _check_options(e: Experiment, known: dict): # {option: default}
     if both := known.keys() & {f.name for f in fields(e)}:
-        raise ValueError(f'method {e.method}: found an option {min(both)}, which every run has as a setting; expected a name of its own')
+        raise ValueError(f'method {e.method}: found an option {min(both)}, which every run '
+                         'has as a setting; expected a name of its own')
     for key, value in e.options.items():
         if key not in known: raise nearest(f'option of {e.method}', key, known)
         if not _fits(value, type(known[key])): raise _misfit(key, value, type(known[key]))
-        if type(value) is tuple and not _taps(value, known[key]): raise _misfit(key, value, f'taps such as {known[key]}')
-        if type(value) is int and type(known[key]) is int and value < 1: raise _misfit(key, value, 'at least 1')
-        if re.search('tau|temperature', key) and value <= 0: raise _misfit(key, value, 'a positive temperature')
+        if type(value) is tuple and not _taps(value, known[key]):
+            raise _misfit(key, value, f'taps such as {known[key]}')
+        if type(value) is int and type(known[key]) is int and value < 1:
+            raise _misfit(key, value, 'at least 1')
+        if re.search('tau|temperature', key) and value <= 0:
+            raise _misfit(key, value, 'a positive temperature')
     floats = {k: float(v) for k, v in e.options.items() if type(known[k]) is float}
     object.__setattr__(e, 'options', dict(e.options, **floats))
 
@@ -115,29 +136,42 @@ def _check_normalisation(e: Experiment):
     value = e.teacher_normalisation
     if value is None: return
     if e.teacher_checkpoint is None:
-        raise ValueError(f"teacher_normalisation: found {value!r:.80} and no teacher_checkpoint; expected None, the data set's own: a teacher "
+        raise ValueError(f"teacher_normalisation: found {value!r:.80} and no teacher_checkpoint; "
+                         f"expected None, the data set's own: a teacher "
                          'that is trained here gets these images')
-    mean, std = _NORMALISATIONS.get(value, (0, 0)) if isinstance(value, str) else value if len(value) == 2 else (0, 0)
+    mean, std = (_NORMALISATIONS.get(value, (0, 0)) if isinstance(value, str) else value
+                 if len(value) == 2 else (0, 0))
     three = lambda v: type(v) is tuple and len(v) == 3 and all(_fits(x, float) for x in v)
     if not (three(mean) and three(std) and min(std) > 0):
-        raise _misfit('teacher_normalisation', value, "'imagenet', or ((mean of red, green, blue), (their standard deviations)), of pixels from 0 to 1")
+        raise _misfit('teacher_normalisation', value,
+                      "'imagenet', or ((mean of red, green, blue), (their standard "
+                      "deviations)), of "
+                      "pixels from 0 to 1")
 
 # %% ../../nbs/runs/experiments.ipynb #915ebdae
 @lru_cache
-def _outline(name: str, imported: str) -> nn.Module: return outline(name, 2) # imported: what is in one's own files
+def _outline(name: str, imported: str) -> nn.Module:
+    return outline(name, 2) # imported: what is in one's own files
 
-def _network(name: str) -> nn.Module: # without weights: an unknown network or tap is refused here, not after an hour of training the teacher
+def _network(name: str) -> nn.Module:
+    # without weights: an unknown network or tap is refused here, not after an hour of training the
+    # teacher
     return _outline(name, str(versions()) if ':' in name else '')
 
 def _resolve(name: str, tap: str):
     try: resolve(_network(name), tap)
-    except KeyError as error: raise KeyError(f'{error.args[0]}; letkd taps {name} lists them') from None
+    except KeyError as error:
+        raise KeyError(f'{error.args[0]}; letkd taps {name} lists them') from None
 
 # %% ../../nbs/runs/experiments.ipynb #feb0e392
 def _check_data(e: Experiment):
     if DATASETS[e.dataset].identity:
-        if not e.data: raise ValueError(f'data: found {e.data!r}; expected the path of the data for {e.dataset}, as in --set data=photos')
-    elif e.data is not None: raise ValueError(f'data: found {e.data!r:.80}; expected None, {e.dataset} has a place of its own; did you mean folder/…?')
+        if not e.data:
+            raise ValueError(f'data: found {e.data!r}; expected the path of the data for '
+                             f'{e.dataset}, as in --set data=photos')
+    elif e.data is not None:
+        raise ValueError(f'data: found {e.data!r:.80}; expected None, {e.dataset} has a place of '
+                         'its own; did you mean folder/…?')
 
 def _check(e: Experiment):
     _check_fields(e)
@@ -150,7 +184,8 @@ def _check(e: Experiment):
         if taps not in (Experiment.penultimate, Experiment.intermediate):  # given, or of the pair
             for network, tap in zip((e.student, e.teacher), taps): _resolve(network, tap)
     if addends(e.method) and not e.teacher:
-        raise ValueError(f'{e.method}: found no teacher; expected a pair such as {e.dataset}/resnet56-{e.student}/{e.method}')
+        raise ValueError(f'{e.method}: found no teacher; expected a pair such as '
+                         f'{e.dataset}/resnet56-{e.student}/{e.method}')
     _check_options(e, method_options(e.method))
     _check_normalisation(e)
 
@@ -159,7 +194,7 @@ def _check(e: Experiment):
 def named(cls: Experiment,
           name: str,      # 'data set/teacher-student/method' or 'data set/network'
           recipe: str = 'letkd', # for every row; or 'original', that of the paper a row comes from
-          **settings,     # fields of `Experiment` and options of the method; strings are read as values of their type
+          **settings, # fields of `Experiment` and options of the method; strings are read as values
          ) -> Experiment: # with the data set's recipe
     "The experiment of that name."
     dataset, networks, method = _parts(name)
@@ -167,22 +202,28 @@ def named(cls: Experiment,
     if recipe not in RECIPES: raise nearest('recipe', recipe, RECIPES)
     teacher, _, student = networks.rpartition('-')
     if method == 'teacher' and teacher:
-        return cls(dataset, student, teacher, **_settings(dataset, student, teacher, 'ce', dict(teacher_recipe=recipe) | settings)).of_teacher()
+        return cls(dataset, student, teacher, **_settings(dataset, student, teacher, 'ce',
+                                                          dict(teacher_recipe=recipe)
+                                                          | settings)).of_teacher()
     if method in ('student', 'ce'): teacher, method = '', 'ce'
-    return cls(dataset, student, teacher or None, method, **_settings(dataset, student, teacher, method, settings, recipe))
+    return cls(dataset, student, teacher or None, method,
+               **_settings(dataset, student, teacher, method, settings, recipe))
 
 def _parts(name: str) -> list:
     others = '(?:torchvision|timm)/'  # these names of networks have a slash
     match = re.fullmatch(f'([^/]+)/((?:{others})?[^/]+?(?:-{others}[^/]+)?)(?:/([^/]+))?', name)
     if match: return [*match.groups(default='ce')]
-    raise ValueError(f"experiment: found {name[:80]!r}; expected a name such as 'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
+    raise ValueError(f"experiment: found {name[:80]!r}; expected a name such as "
+                     f"'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
 
 # %% ../../nbs/runs/experiments.ipynb #fed6d481
-def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd') -> dict: # fields and `options`: the recipe, then what is given
+def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd'
+             ) -> dict: # fields and `options`: the recipe, then what is given
     recipe, known = _recipe(dataset, student, teacher, method), method_options(method)
     if name == 'original': recipe |= _original(dataset, method)
     options = known | {k: v for k, v in (recipe | recipe.get('options', {})).items() if k in known}
-    values = {f.name: recipe.get(f.name, f.default) for f in fields(Experiment)[4:] if f.name != 'options'}
+    values = {f.name: recipe.get(f.name, f.default) for f in fields(Experiment)[4:]
+              if f.name != 'options'}
     given = dict(given, **given.pop('options', {}))
     for key, value in given.items():
         if key in options: options[key] = _read(key, value, options[key])
@@ -192,7 +233,8 @@ def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd
 
 # %% ../../nbs/runs/experiments.ipynb #933faafa
 _FIELD_NAMES = [f.name for f in fields(Experiment)]
-_TEXTS = [f.name for f in fields(Experiment) if f.type in (str, Optional[str])] # whatever they look like
+# whatever they look like
+_TEXTS = [f.name for f in fields(Experiment) if f.type in (str, Optional[str])]
 
 def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of taps, and `options`
     entry, own = DATASETS[dataset], DATASETS[dataset].pairs.get(f'{teacher}-{student}', {})
@@ -201,24 +243,28 @@ def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of t
     options = [entry.recipe.get('options', {}), *(own.get(part, {}) for part in method.split('+'))]
     try: taps = pair_taps(student, teacher) if teacher else {}
     except ValueError: taps = {}  # networks of others: the user gives the taps
-    return dict(taps, **entry.recipe) | entry.students.get(student, {}) | dict(options={k: v for o in options for k, v in o.items()})
+    return (dict(taps, **entry.recipe) | entry.students.get(student, {})
+            | dict(options={k: v for o in options for k, v in o.items()}))
 
 _WORDS = dict(true='True', false='False', none='None')  # of other languages
 
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
-    if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS or text == 'None'):
+    if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS
+                                                                   or text == 'None'):
         try: value = ast.literal_eval(_WORDS.get(text.lower(), text))
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
     if None not in (default, value) and type(value) is not type(default):
-        raise ValueError(f'{key}: found {text!r:.80}; expected {type(default).__name__}, such as {default!r}')
+        raise ValueError(f'{key}: found {text!r:.80}; expected {type(default).__name__}, such as '
+                         f'{default!r}')
     return value
 
 # %% ../../nbs/runs/experiments.ipynb #aec20c0d
-_DATA = ('data', 'train_size', 'resolution', 'difficulty', 'eval_split')  # what makes the training images
-_SHARED = (*_DATA, 'augment', 'amp', 'sync_bn')                   # settings that teacher and student share
+# what makes the training images
+_DATA = ('data', 'train_size', 'resolution', 'difficulty', 'eval_split')
+_SHARED = (*_DATA, 'augment', 'amp', 'sync_bn') # settings that teacher and student share
 
 @patch
 def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `Images`, on the CPU
@@ -226,25 +272,30 @@ def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `I
     entry = DATASETS[self.dataset]
     images = entry.load(self, split)
     if entry.batches is Batches and not isinstance(images, Images):
-        raise TypeError(f'{self.dataset}: its load returned {type(images).__name__}; expected letkd.data.batches.Images, of pixels and labels')
+        raise TypeError(f'{self.dataset}: its load returned {type(images).__name__}; expected '
+                        'letkd.data.batches.Images, of pixels and labels')
     return images
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
-    return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if self.method != 'ce' else self.student, self.method])
+    return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if self.method != 'ce'
+                     else self.student, self.method])
 
 # %% ../../nbs/runs/experiments.ipynb #95cada61
 @patch(as_prop=True)
 def changed(self: Experiment) -> dict: # {setting: value} of everything that is not the recipe's
     recipe = _settings(self.dataset, self.student, self.teacher, self.method, {})
     found = asdict(self)
-    flat = lambda d: {**{k: v for k, v in d.items() if k in recipe and k not in ('seed', 'options')}, **d['options']}
+    flat = lambda d: {**{k: v for k, v in d.items() if k in recipe
+                         and k not in ('seed', 'options')}, **d['options']}
     return {k: v for k, v in flat(found).items() if v != flat(recipe)[k]}
 
 @patch(as_prop=True)
-def folder(self: Experiment) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
+def folder(self: Experiment
+          ) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
     told = self.changed | _identity(self)
-    return f'{self.name}/seed{self.seed}'.replace(':', '.') + (f'-{digest(told)[:8]}' if told else '')
+    return f'{self.name}/seed{self.seed}'.replace(':', '.') + (f'-{digest(told)[:8]}'
+                                                               if told else '')
 
 def _identity(e: Experiment) -> dict: # what stands for the path of its data
     return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
@@ -258,7 +309,8 @@ def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digit
 @patch
 def of_teacher(self: Experiment) -> Experiment: # the run whose network is this one's teacher
     shared = {key: getattr(self, key) for key in _SHARED}
-    return Experiment.named(f'{self.dataset}/{self.teacher}', self.teacher_recipe, seed=self.teacher_seed, epochs=self.teacher_epochs, **shared)
+    return Experiment.named(f'{self.dataset}/{self.teacher}', self.teacher_recipe,
+                            seed=self.teacher_seed, epochs=self.teacher_epochs, **shared)
 
 # %% ../../nbs/runs/experiments.ipynb #e0c0a1d1
 @patch(as_prop=True)

@@ -6,7 +6,8 @@
 __all__ = ['SPIN', 'cores', 'busy', 'openmp', 'work', 'Jobs', 'reasons']
 
 # %% ../../nbs/runs/jobs.ipynb #a81f72dc
-import contextlib, io, json, os, queue, re, shutil, signal, subprocess, sys, threading, time, traceback
+import contextlib, io, json, os, queue, re, shutil
+import signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -25,7 +26,8 @@ def cores() -> int: # at least 1
 def _idle() -> float: # seconds since the machine started, added over the cores of this process
     lines = map(str.split, Path('/proc/stat').read_text().splitlines())
     own = {f'cpu{i}' for i in os.sched_getaffinity(0)}
-    return sum(int(words[4]) + int(words[5]) for words in lines if words[0] in own) / os.sysconf('SC_CLK_TCK')
+    return sum(int(words[4]) + int(words[5]) for words in lines
+               if words[0] in own) / os.sysconf('SC_CLK_TCK')
 
 def busy(seconds: float = .2, # to look
         ) -> float:           # 0 .. all of them; 0 where the system does not say
@@ -33,7 +35,8 @@ def busy(seconds: float = .2, # to look
     try: before, start = _idle(), time.perf_counter()
     except (OSError, AttributeError): return 0.
     time.sleep(seconds)
-    return max(0., len(os.sched_getaffinity(0)) - (_idle() - before) / (time.perf_counter() - start))
+    idle = (_idle() - before) / (time.perf_counter() - start)
+    return max(0., len(os.sched_getaffinity(0)) - idle)
 
 # %% ../../nbs/runs/jobs.ipynb #099278d6
 SPIN = 10_000  # looks before a thread sleeps; GNU's own default is 300,000
@@ -52,7 +55,8 @@ def openmp(threads: Optional[int] = None, # None: as many as there are cores tha
 class _Said(io.TextIOBase):
     "A text stream whose pieces are told."
     encoding = 'utf-8'
-    def __init__(self, tell: Callable, watched: bool): self.tell, self.watched, self.rest = tell, watched, ''
+    def __init__(self, tell: Callable, watched: bool):
+        self.tell, self.watched, self.rest = tell, watched, ''
     def isatty(self): return self.watched
     def writable(self): return True
 
@@ -78,7 +82,8 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
     out, asked, working = os.fdopen(os.dup(1), 'w', buffering=1), queue.Queue(), threading.Event()
     os.dup2(2, 1)  # what libraries print themselves does not get between
     def tell(**what):
-        with contextlib.suppress(BrokenPipeError): out.write(json.dumps(what) + '\n')  # the parent may be dead
+        with contextlib.suppress(BrokenPipeError):
+            out.write(json.dumps(what) + '\n')  # the parent may be dead
     sys.stdout = sys.stderr = _Said(tell, sys.argv[1:] == ['watched'])
     threading.Thread(target=_listen, args=(asked, working), daemon=True).start()
     for words in iter(asked.get, None):
@@ -94,7 +99,8 @@ class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
         self.told, self.place, self.job, self.last = told, place, None, None
         command = [sys.executable, '-c', code, *(['watched'] if watched else [])]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8', start_new_session=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, encoding='utf-8', start_new_session=True)
         threading.Thread(target=self._collect, daemon=True).start()
 
     def _collect(self):
@@ -116,7 +122,8 @@ def _short(text: str, width: int) -> str: # of a bar of `letkd.runs.meters.Progr
 class _Board:
     def __init__(self, count: int, quiet: bool):
         self.quiet, self.watched = quiet, not quiet and sys.stderr.isatty()
-        self.bars = [tqdm(bar_format='{desc}', position=i, leave=False, dynamic_ncols=True, file=sys.stderr) for i in range(count if self.watched else 0)]
+        self.bars = [tqdm(bar_format='{desc}', position=i, leave=False, dynamic_ncols=True,
+                          file=sys.stderr) for i in range(count if self.watched else 0)]
 
     def show(self, place: int, text: str = ''):
         if not self.bars: return
@@ -147,13 +154,17 @@ class Jobs:
             if needed in self.failed: self.failed[job] = None; del self.waiting[job]
             elif needed is None or needed in self.done: return job
 
-    def running(self) -> list: return [w for w in self.workers.values() if w.job] # workers that have a job
+    def running(self) -> list:
+        return [w for w in self.workers.values() if w.job] # workers that have a job
 
     def start(self):
         "Give every worker that has none a job."
         for place in range(self.count):
-            if (worker := self.workers.get(place)) and worker.job or not (job := self.ready()): continue
-            if not worker: worker = self.workers[place] = _Worker(self.code, self.board.watched, self.told, place)
+            if (worker := self.workers.get(place)) and worker.job or not (job := self.ready()):
+                continue
+            if not worker:
+                worker = self.workers[place] = _Worker(self.code, self.board.watched,
+                                                       self.told, place)
             self.board.say(f'{self.total - len(self.waiting) + 1}/{self.total}: {job}')
             worker.ask(job, self.waiting.pop(job)[0])
 
@@ -166,9 +177,12 @@ def hear(self: Jobs):
     if 'line' in what:
         if worker.last: self.board.say(worker.last)
         worker.last = what['line']
-    if 'code' in what: self.note(worker, what['code'], worker.last or f'it ended with code {what["code"]}')
+    if 'code' in what:
+        self.note(worker, what['code'], worker.last or f'it ended with code {what["code"]}')
     if 'gone' in what:
-        if worker.job: self.note(worker, 1, f'its process ended with code {what["gone"]}' + ', killed' * (what['gone'] == -9))
+        if worker.job:
+            self.note(worker, 1, f'its process ended with code {what["gone"]}'
+                      + ', killed' * (what['gone'] == -9))
         del self.workers[worker.place]
 
 @patch
@@ -183,7 +197,9 @@ def note(self: Jobs, worker: _Worker, code: int, last: str):
 @patch
 def stop(self: Jobs):
     "End all workers; what they are at goes on when it is asked for again."
-    if self.running(): print(f'letkd: stopping, {len(self.running())} at work save their state first; a second time stops at once', file=sys.stderr)
+    if self.running():
+        print(f'letkd: stopping, {len(self.running())} at work save their state first; a second '
+              'time stops at once', file=sys.stderr)
     for worker in self.workers.values(): worker.process.terminate()
     try:
         while self.workers: self.hear()
@@ -191,7 +207,8 @@ def stop(self: Jobs):
         for worker in self.workers.values(): worker.process.kill(); worker.process.wait()
 
 @patch
-def run(self: Jobs) -> dict: # {name: why} of the jobs that failed; None for those that were not started
+def run(self: Jobs
+       ) -> dict: # {name: why} of the jobs that failed; None for those that were not started
     "Do all jobs."
     given = openmp(max(1, cores() // self.count))
     os.environ.update(given)  # for the workers
@@ -211,6 +228,7 @@ def reasons(failed: dict, # of `Jobs.run`
     if not failed: return ''
     for job, why in failed.items(): known.setdefault(why, []).append(job)
     others = known.pop(None, [])
-    lines = [jobs[0] + (f' and {len(jobs) - 1} more' if jobs[1:] else '') + f': {why}' for why, jobs in known.items()]
+    lines = [jobs[0] + (f' and {len(jobs) - 1} more' if jobs[1:] else '') + f': {why}' for why,
+             jobs in known.items()]
     after = f', so {len(others)} more did not start' if others else ''
     return '\n'.join([f'{len(failed) - len(others)} of {total} runs failed{after}:', *lines])

@@ -50,9 +50,12 @@ class Meter:
 
     def add(self, losses: dict, logits: torch.Tensor, labels: torch.Tensor):
         "Note one step."
-        if not self.names: self.names, self.rows = list(losses), torch.zeros(self.steps, len(losses) + 2, device=self.device)
+        if not self.names:
+            self.names, self.rows = list(losses), torch.zeros(self.steps, len(losses) + 2,
+                                                              device=self.device)
         correct = (logits.argmax(1) == labels).float().mean()
-        self.rows[self.step] = torch.stack([*(l.detach().float() for l in losses.values()), correct, correct.new_tensor(len(labels))])
+        self.rows[self.step] = torch.stack([*(l.detach().float() for l in losses.values()), correct,
+                                            correct.new_tensor(len(labels))])
         self.step += 1
         if self.step % self.every == 0 or self.step == self.steps: self.look()
 
@@ -71,7 +74,8 @@ def look(self: Meter):
     raise NonFiniteLoss(f'step {first + bad}: {values}')
 
 @patch
-def means(self: Meter) -> dict: # {name: mean over the images so far}, the sum as 'loss', 'train_top1' in percent
+def means(self: Meter) -> dict:
+    # {name: mean over the images so far}, the sum as 'loss', 'train_top1' in percent
     "Averages so far."
     rows = self.rows[:self.step].cpu().double()
     images = rows[:, -1:]
@@ -81,7 +85,8 @@ def means(self: Meter) -> dict: # {name: mean over the images so far}, the sum a
 @patch
 def load_state_dict(self: Meter, state: dict): # of `state_dict`
     self.names, self.step = state['names'], len(state['rows'])
-    self.seen, self.rows = self.step, torch.zeros(self.steps, len(self.names) + 2, device=self.device)
+    self.seen, self.rows = self.step, torch.zeros(self.steps, len(self.names) + 2,
+                                                  device=self.device)
     if self.names: self.rows[:self.step] = state['rows'].to(self.device)
 
 # %% ../../nbs/runs/meters.ipynb #631a99f5
@@ -92,22 +97,29 @@ def interactive() -> bool: # a terminal or a notebook?
 # %% ../../nbs/runs/meters.ipynb #00dd8977
 class Progress:
     "A bar for people who watch, lines for logs."
-    def __init__(self, title: str, training, quiet: bool = False): # what is running; a `Training` to follow; say nothing
-        self.title, self.training, self.quiet, self.start, self.done = title, training, quiet, time.time(), 0
-        self.first, self.total = training.epoch * training.steps + training.meter.step, training.epochs * training.steps
-        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit=' steps', mininterval=.5,
+    def __init__(self, title: str, training, quiet: bool = False):
+        # what is running; a `Training` to follow; say nothing
+        self.title, self.training, self.quiet, self.start, self.done = (title, training, quiet,
+                                                                        time.time(), 0)
+        self.first, self.total = (training.epoch * training.steps + training.meter.step,
+                                  training.epochs * training.steps)
+        self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit=' steps',
+                        mininterval=.5,
                         disable=quiet or not interactive(), file=sys.stderr,
-                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left, {rate_noinv_fmt}{postfix}')
+                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} '
+                        'left, {rate_noinv_fmt}{postfix}')
 
     def step(self): self.bar.update(); self.done += 1
 
     def epoch(self, row: dict): # the epoch's line of the history
         number, seconds = f'epoch {row["epoch"]}/{self.training.epochs}', time.time() - self.start
-        text = f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %' + (f', top-1 {row["top1"]:.1f} %' if 'top1' in row else '')
+        text = (f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %'
+                + (f', top-1 {row["top1"]:.1f} %' if 'top1' in row else ''))
         self.bar.set_postfix_str(f'{number}, {text}')
         left = seconds / max(self.done, 1) * (self.total - self.first - self.done)
         if self.bar.disable and not self.quiet:
-            print(f'{self.title}: {number}, {text}, {self.done / max(seconds, 1e-3):.3g} steps/s, {_clock(left)} left', flush=True)
+            print(f'{self.title}: {number}, {text}, {self.done / max(seconds, 1e-3):.3g} steps/s, '
+                  f'{_clock(left)} left', flush=True)
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
@@ -115,7 +127,8 @@ class Progress:
 def _clock(seconds: float) -> str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 # %% ../../nbs/runs/meters.ipynb #3e7e0011
-_TAGS = dict(loss='loss/total', train_top1='top-1/train', top1='top-1/eval', top5='top-5/eval', lr='lr', seconds='seconds')
+_TAGS = dict(loss='loss/total', train_top1='top-1/train', top1='top-1/eval', top5='top-5/eval',
+             lr='lr', seconds='seconds')
 
 class TensorBoard:
     "Each epoch's line as TensorBoard's scalars, in the run's folder."
@@ -124,13 +137,16 @@ class TensorBoard:
                  **first: float, # numbers that are known before the first epoch
                 ):
         writer = check_log('tensorboard')
-        for old in Path(folder).glob('events.out.tfevents.*'): old.unlink()  # the history is written anew
-        self.writer = writer(str(folder), purge_step=0)  # and a browser that has seen the old file forgets it
+        for old in Path(folder).glob('events.out.tfevents.*'):
+            old.unlink()  # the history is written anew
+        # and a browser that has seen the old file forgets it
+        self.writer = writer(str(folder), purge_step=0)
         for name, value in first.items(): self.writer.add_scalar(name, value, 0)
 
     def __call__(self, row: dict): # of the history
         for name, value in row.items():
-            if name != 'epoch': self.writer.add_scalar(_TAGS.get(name, f'loss/{name}'), value, row['epoch'])
+            if name != 'epoch':
+                self.writer.add_scalar(_TAGS.get(name, f'loss/{name}'), value, row['epoch'])
         self.writer.flush()
 
     def close(self): self.writer.close()
@@ -144,5 +160,6 @@ def check_log(name: Optional[str]): # one of `LOGS`, or None for none; returns w
     if name not in LOGS: raise ValueError(f'log: found {name!r:.80}; expected {", ".join(LOGS)}')
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise ImportError(f'log: found no TensorBoard ({e}); install it by `pip install tensorboard`, or leave out --log') from None
+        raise ImportError(f'log: found no TensorBoard ({e}); install it by `pip install '
+                          'tensorboard`, or leave out --log') from None
     return SummaryWriter

@@ -31,13 +31,17 @@ _TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
 
 @contextmanager
 def joined(device: Optional[str] = None): # 'cpu', 'cuda', or None: CUDA where there is one
-    "Make one group of the processes that torchrun has started, for this block; without torchrun it does nothing."
+    """Make one group of the processes that torchrun has started, for this block; without torchrun
+    it does nothing."""
     if not _TORCHRUN <= set(os.environ) or _joined(): yield; return
-    if ':' in (device or ''): raise ValueError(f'device: found {device!r} with several processes; expected {device.split(":")[0]!r}, each takes one of its own')
+    if ':' in (device or ''):
+        raise ValueError(f'device: found {device!r} with several processes; expected '
+                         f'{device.split(":")[0]!r}, each takes one of its own')
     cuda = torch.cuda.is_available() and device != 'cpu'
     if cuda: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(days=1))
-    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere) if rank() else nullcontext(): yield
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+        yield
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 # %% ../../nbs/runs/processes.ipynb #7a10c013

@@ -28,24 +28,30 @@ class DataSet:
     augment: object = Augment()  # what `batches` does to training images
     batches: Callable = Batches  # (images, batch size, augment, ...) -> batches
     students: dict = field(default_factory=dict) # {student: {field: value}}, whatever the method
-    pairs: dict = field(default_factory=dict) # {'teacher-student': {method: {option: value}}}, for that method alone
-    identity: Optional[Callable] = None # path -> text that tells its data apart; None: the set has one place, and no setting `data`
+    # {'teacher-student': {method: {option: value}}}, for that method alone
+    pairs: dict = field(default_factory=dict)
+    # path -> text that tells its data apart; None: the set has one place, and no setting `data`
+    identity: Optional[Callable] = None
 
 def _digit_pairs(e, split: str):
-    size, preset = (e.train_size if split == 'train' else None), 'paper' if e.dataset.endswith('paper') else 'demo'
+    size, preset = (e.train_size if split == 'train'
+                    else None), 'paper' if e.dataset.endswith('paper') else 'demo'
     return _composed(split, size, resolution=e.resolution, difficulty=e.difficulty, preset=preset)
 
 _composed = lru_cache(4)(digit_pairs)  # the runs of a demo share their images
 
 # %% ../../nbs/runs/recipes.ipynb #640cdb70
-def _published(load: Callable, *settings: str) -> Callable: # a reader that can hold out a part of its training images
+def _published(load: Callable, *settings: str
+              ) -> Callable: # a reader that can hold out a part of its training images
     def read(e, split: str):
         chosen = {name: getattr(e, name) for name in settings if getattr(e, name)}
-        return load(split, e.train_size if split == 'train' else None, held_out=50 if e.eval_split == 'valid' else 0, **chosen)
+        return load(split, e.train_size if split == 'train' else None, held_out=50
+                    if e.eval_split == 'valid' else 0, **chosen)
     return read
 
 def _folder(e, split: str):
-    return folder(split, e.data, e.train_size if split == 'train' else None, e.resolution, held_out=.2 if e.eval_split == 'valid' else 0.)
+    return folder(split, e.data, e.train_size if split == 'train' else None, e.resolution,
+                  held_out=.2 if e.eval_split == 'valid' else 0.)
 
 def _tiny(e, split: str): return tiny_imagenet(split, e.train_size if split == 'train' else None)
 
@@ -56,39 +62,56 @@ def _alphas(penultimate: float, intermediate: float) -> dict: # of letKD on a pa
     one, two = dict(alpha_penultimate=penultimate), dict(alpha_intermediate=intermediate)
     return dict(letkd1=one, letkd_intermediate=two, letkd2=one | two)
 
-_BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2., 'wrn_40_2-wrn_16_2': 6., 'wrn_40_2-wrn_40_1': 6.}  # others 8
+# others 8
+_BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2., 'wrn_40_2-wrn_16_2': 6.,
+         'wrn_40_2-wrn_40_1': 6.}
 _DKD = {pair: dict(dkd=dict(dkd_beta=beta)) for pair, beta in _BETA.items()}
 _DKD_PHOTOS = {pair: dict(dkd=dict(dkd_beta=beta, temperature=1., warmup=1 / 100))
-               for pair, beta in {'resnet34-resnet18': .5, 'torchvision/resnet50-mobilenet_v2': 2.}.items()}
+               for pair, beta in {'resnet34-resnet18': .5,
+                                  'torchvision/resnet50-mobilenet_v2': 2.}.items()}
 _TDD = dict(tdd=dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 2, 3))))
 
 # %% ../../nbs/runs/recipes.ipynb #70f5edcd
 DATASETS = {
-    'digit_pairs': DataSet(_digit_pairs, dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2, schedule='one-cycle',
-                                              train_size=20_000, resolution=16, augment=False, amp=True,
+    'digit_pairs': DataSet(_digit_pairs, dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2,
+                                              schedule='one-cycle',
+                                              train_size=20_000, resolution=16,
+                                              augment=False, amp=True,
                                               options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True)),
-    'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True), students=_MOBILE),
+    'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True),
+                       students=_MOBILE),
     'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), students=_MOBILE,
                         pairs=_DKD | {'resnet56-resnet20': _DKD['resnet56-resnet20'] | _TDD,
                                       'resnet50-mobilenetv2': _alphas(.1, .2)}),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), students=_MOBILE,
-                             pairs={'resnet56-resnet20': _TDD, 'resnet50-mobilenetv2': _alphas(.5, 1.)}),
-    'imagenet': DataSet(_published(imagenet, 'resolution'), dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
-                        batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'), ResizedCrop(), PhotoBatches,
+                             pairs={'resnet56-resnet20': _TDD,
+                                    'resnet50-mobilenetv2': _alphas(.5, 1.)}),
+    'imagenet': DataSet(_published(imagenet, 'resolution'),
+                        dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
+                        batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'),
+                        ResizedCrop(), PhotoBatches,
                         pairs=_DKD_PHOTOS),
-    'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True), folder_batches, _MOBILE, identity=folder_identity),
+    'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True),
+                      folder_batches, _MOBILE, identity=folder_identity),
 }
 
 # %% ../../nbs/runs/recipes.ipynb #4eba354d
 RECIPES = ('letkd', 'original')
-_SCRIPT = dict(padding='zeros', nesterov=False, drop_last=False) # the common script, and the code of DKD, SimKD and TDD
-_LETKD = ('quest', 'letkd1', 'letkd2', 'letkd_intermediate', 'layer', 'layer2') # parts that letKD's authors trained
-ORIGINAL = {method: {} if method in _LETKD else _SCRIPT for method in ('ce', *METHODS)} # {method: fields}
+# the common script, and the code of DKD, SimKD and TDD
+_SCRIPT = dict(padding='zeros', nesterov=False, drop_last=False)
+# parts that letKD's authors trained
+_LETKD = ('quest', 'letkd1', 'letkd2', 'letkd_intermediate', 'layer', 'layer2')
+# {method: fields}
+ORIGINAL = {method: {} if method in _LETKD else _SCRIPT for method in ('ce', *METHODS)}
 _ORIGINAL_PHOTOS = dict(dkd=dict(batch_size=512, lr=.2)) # and of a method on ImageNet
 
-def _original(dataset: str, method: str) -> dict: # {field: value} of the paper that a row of this method comes from
+def _original(dataset: str, method: str
+             ) -> dict: # {field: value} of the paper that a row of this method comes from
     parts, pads = method.split('+'), getattr(DATASETS[dataset].augment, 'pad', 0) != 0
-    own = {} if set(parts) & set(_LETKD) else {k: v for part in parts for k, v in ORIGINAL.get(part, {}).items() if k != 'padding' or pads}
+    own = {} if set(parts) & set(_LETKD) else {k: v for part in parts for k,
+                                               v in ORIGINAL.get(part, {}).items()
+                                               if k != 'padding' or pads}
     if dataset == 'imagenet': own |= _ORIGINAL_PHOTOS.get(method, {})
-    return own | ({} if DATASETS[dataset].recipe.get('teacher_checkpoint') or method == 'ce' else dict(teacher_recipe='original'))
+    return own | ({} if DATASETS[dataset].recipe.get('teacher_checkpoint') or method == 'ce'
+                  else dict(teacher_recipe='original'))

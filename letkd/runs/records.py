@@ -31,7 +31,8 @@ from ..taps import Placed
 def _sha(parts) -> str: # of (name, tensor or array) pairs
     found = hashlib.sha256()
     for name, value in parts:
-        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if torch.is_tensor(value) else value
+        value = (value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                 if torch.is_tensor(value) else value)
         found.update(name.encode()), found.update(value)
     return found.hexdigest()
 
@@ -39,27 +40,37 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 of a network's parameters and buffers, wherever they came from."
     return _sha(model.state_dict().items())
 
-def save_module(module: nn.Module, path, **about: str): # any module; where; what the file should say about it
+def save_module(module: nn.Module, path, **about: str):
+    # any module; where; what the file should say about it
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
-    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}: about['alpha'] = alpha  # `create_model` needs both
-    if layout := {at: str(m.layout) for at, m in module.named_modules() if isinstance(m, Placed)}: about['layout'] = layout
+    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}:
+        about['alpha'] = alpha  # `create_model` needs both
+    if layout := {at: str(m.layout) for at, m in module.named_modules() if isinstance(m, Placed)}:
+        about['layout'] = layout
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    data = save(state, metadata=dict(about=json.dumps(about)))  # one entry: several come in any order
+    # one entry: several come in any order
+    data = save(state, metadata=dict(about=json.dumps(about)))
     with atomic(path) as part: part.write_bytes(data)
 
 # %% ../../nbs/runs/records.ipynb #5e899897
-def load_module(module: nn.Module, path, **expected: str): # a module of the same kind; of `save_module`; what the file should say
+def load_module(module: nn.Module, path, **expected: str):
+    # a module of the same kind; of `save_module`; what the file should say
     "Load what `save_module` wrote, all of it, and nothing else."
     tensors, found = read_tensors(path)
     try:
         about = json.loads(found.get('about', '{}'))
         for k, v in expected.items():
-            if about.get(k) != v: raise ValueError(f'it says {k} = {about.get(k)!r:.80}; expected {v!r:.80}')
-        if bad := [k for k, v in tensors.items() if not v.isfinite().all()]: raise ValueError(f'no finite numbers in {", ".join(bad[:4])}')
+            if about.get(k) != v:
+                raise ValueError(f'it says {k} = {about.get(k)!r:.80}; expected {v!r:.80}')
+        if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
+            raise ValueError(f'no finite numbers in {", ".join(bad[:4])}')
         module.load_state_dict(tensors)
-        if (sum := weights_hash(module)) != about.get('sha256', sum): raise ValueError(f'found SHA-256 {sum}; expected {about["sha256"]}')
-    except Exception as e: raise ValueError(f'{path}: {e}. Delete it, and it is made again') from None  # anything may be in a stranger's file
+        if (sum := weights_hash(module)) != about.get('sha256', sum):
+            raise ValueError(f'found SHA-256 {sum}; expected {about["sha256"]}')
+    except Exception as e:
+        # anything may be in a stranger's file
+        raise ValueError(f'{path}: {e}. Delete it, and it is made again') from None
 
 # %% ../../nbs/runs/records.ipynb #21a00009
 def cached(folder,            # where fitted modules are kept
@@ -67,7 +78,8 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    "Fit a module once for each key, whoever asks: of several processes one does it, and the others wait."
+    """Fit a module once for each key, whoever asks: of several processes one does it, and the
+    others wait."""
     path = Path(folder)/f'{digest(key)}.safetensors'
     def fit():
         if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
@@ -80,39 +92,54 @@ def environment(device: torch.device) -> dict: # what a number depends on beside
     "Versions, machine and commit."
     import numpy, sklearn, torchvision
     found = conditions(device)
-    versions = dict(letkd=letkd.__version__, python=platform.python_version(), torch=found.pop('torch'),
-                    torchvision=torchvision.__version__, numpy=numpy.__version__, sklearn=sklearn.__version__)
-    if device.type == 'cuda': versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    return dict(versions=versions, **found, deterministic=_deterministic(device), system=platform.platform(), **_commit())
+    versions = dict(letkd=letkd.__version__, python=platform.python_version(),
+                    torch=found.pop('torch'),
+                    torchvision=torchvision.__version__, numpy=numpy.__version__,
+                    sklearn=sklearn.__version__)
+    if device.type == 'cuda':
+        versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    return dict(versions=versions, **found, deterministic=_deterministic(device),
+                system=platform.platform(), **_commit())
 
-def _deterministic(device: torch.device) -> bool: return device.type == 'cpu' or torch.are_deterministic_algorithms_enabled()
+def _deterministic(device: torch.device) -> bool:
+    return device.type == 'cpu' or torch.are_deterministic_algorithms_enabled()
 
 def _commit() -> dict:
     "The commit of the package's own checkout; an installed package has none."
     here = Path(letkd.__file__).parent
-    git = lambda *args: subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *args: subprocess.run(['git', '-C', str(here), *args], capture_output=True,
+                                       text=True, check=True).stdout.strip()
     try:
         git('ls-files', '--error-unmatch', '__init__.py')
-        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '.')))
+        return dict(commit=git('rev-parse', 'HEAD'),
+                    dirty=bool(git('status', '--porcelain', '--', '.')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
 # %% ../../nbs/runs/records.ipynb #ede61eb8
-def data_hash(*splits) -> str: # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
+def data_hash(*splits) -> str:
+    # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
     "SHA-256 of what a run has seen; 64 hexadecimal digits."
-    parts = [(k, v) for split in splits for k, v in vars(split).items() if k in ('images', 'labels', 'names')]
+    parts = [(k, v) for split in splits for k, v in vars(split).items()
+             if k in ('images', 'labels', 'names')]
     return digest([_sha(parts), *(getattr(split, 'resolution', None) for split in splits)])
 
 # %% ../../nbs/runs/records.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
     last, best = training.history[-1], max(training.history, key=lambda r: r['top1'])
     student = training.distiller.student
-    return dict(name=e.name, method=e.method, seed=e.seed, dataset=e.dataset, teacher=e.teacher, student=e.student,
-                eval_split=e.eval_split, top1_last=last['top1'], top1_best=best['top1'], epoch_best=best['epoch'],
+    return dict(name=e.name, method=e.method, seed=e.seed, dataset=e.dataset, teacher=e.teacher,
+                student=e.student,
+                eval_split=e.eval_split, top1_last=last['top1'], top1_best=best['top1'],
+                epoch_best=best['epoch'],
                 top5_last=last['top5'], train_top1=last['train_top1'], epochs=e.epochs,
-                seconds=round(training.seconds, 1), parameters=sum(p.numel() for p in student.parameters()),
-                target_perplexity=perplexities, changed=e.changed, settings=asdict(e), command=e.command, **made,
-                student_hash=weights_hash(student), curve=[round(r['top1'], 3) for r in training.history],
-                steady=len(training.conditions) == 1, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                seconds=round(training.seconds, 1),
+                parameters=sum(p.numel() for p in student.parameters()),
+                target_perplexity=perplexities, changed=e.changed, settings=asdict(e),
+                command=e.command, **made,
+                student_hash=weights_hash(student),
+                curve=[round(r['top1'], 3) for r in training.history],
+                steady=len(training.conditions) == 1,
+                time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 **environment(training.device))
 
 # %% ../../nbs/runs/records.ipynb #761fc2a6
@@ -121,36 +148,51 @@ def seen(images # an `Images`, or `Photos`
     "What a network has to know about images like these."
     size = getattr(images, 'resolution', None)
     size = [size, size] if size else list(images.images.shape[-2:])
-    return dict(size=size, mean=list(images.mean), std=list(images.std), classes=list(map(str, images.classes)))
+    return dict(size=size, mean=list(images.mean), std=list(images.std),
+                classes=list(map(str, images.classes)))
 
 # %% ../../nbs/runs/records.ipynb #6221dfd8
-_FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_split=str, top1_last=float, top1_best=float, epoch_best=int,
+_FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_split=str,
+               top1_last=float, top1_best=float, epoch_best=int,
                top5_last=float, seconds=float, parameters=int, settings=dict) # of every record
 
 def read_record(path) -> dict: # a record.json
     "A run's record, or the error that says why the file is none."
     record = read_json(path)
-    if missing := set(_FIELDS) - set(record): raise ValueError(f'{path}: not a record of this version; {", ".join(sorted(missing))} missing')
+    if missing := set(_FIELDS) - set(record):
+        raise ValueError(f'{path}: not a record of this version; '
+                         f'{", ".join(sorted(missing))} missing')
     curve, taps = record.get('curve', []), record.get('target_perplexity', {})
-    kinds = [(k, record[k], v) for k, v in _FIELDS.items()] + [('curve', curve, list), ('target_perplexity', taps, dict), ('time', record.get('time', ''), str)]
+    kinds = ([(k, record[k], v) for k, v in _FIELDS.items()]
+             + [('curve', curve, list), ('target_perplexity', taps, dict),
+                ('time', record.get('time', ''), str)])
     for key, value, kind in kinds:
-        if not _fits(value, kind): raise ValueError(f'{path}: not a record: {_misfit(key, value, kind)}')
+        if not _fits(value, kind):
+            raise ValueError(f'{path}: not a record: {_misfit(key, value, kind)}')
     for key, values in dict(curve=curve, target_perplexity=taps.values()).items():
-        if not all(_fits(v, float) for v in values): raise ValueError(f'{path}: not a record: {_misfit(key, values, "numbers")}')
+        if not all(_fits(v, float) for v in values):
+            raise ValueError(f'{path}: not a record: {_misfit(key, values, "numbers")}')
     return record
 
 # %% ../../nbs/runs/records.ipynb #21a00005
-_CONDITIONS = ('device', 'threads', 'processes', 'deterministic', 'system', 'commit', 'data_hash', 'teacher_hash')
+_CONDITIONS = ('device', 'threads', 'processes', 'deterministic', 'system', 'commit', 'data_hash',
+               'teacher_hash')
 
-def _flat(record: dict) -> dict: return {k: record.get(k) for k in _CONDITIONS} | record.get('versions', {}) | record.get('imported', {})
+def _flat(record: dict) -> dict:
+    return ({k: record.get(k) for k in _CONDITIONS} | record.get('versions', {})
+            | record.get('imported', {}))
 
 def differences(record: dict, again: dict) -> list: # two records; returns lines, 'what: one, other'
     "What made two records differ, as far as they say."
     one, other = _flat(record), _flat(again)
-    found = [f'{k}: {one[k]}, now {other.get(k)}' for k in one if one[k] is not None and one[k] != other.get(k)]
-    dirty = ['the tree had changes that are in no commit'] if record.get('dirty') or again.get('dirty') else []
-    unsteady = ['the conditions changed while it ran'] if not (record.get('steady', True) and again.get('steady', True)) else []
-    vague = ['CUDA without deterministic algorithms: no two runs need be equal'] if again.get('deterministic') is False else []
+    found = [f'{k}: {one[k]}, now {other.get(k)}' for k in one if one[k] is not None
+             and one[k] != other.get(k)]
+    dirty = (['the tree had changes that are in no commit'] if record.get('dirty')
+             or again.get('dirty') else [])
+    unsteady = (['the conditions changed while it ran']
+                if not (record.get('steady', True) and again.get('steady', True)) else [])
+    vague = (['CUDA without deterministic algorithms: no two runs need be equal']
+             if again.get('deterministic') is False else [])
     return found + dirty + unsteady + vague
 
 # %% ../../nbs/runs/records.ipynb #21a00006
@@ -159,9 +201,12 @@ def compare(record: dict, # as published
            ) -> tuple:    # (is it as good as can be promised?, lines that say how it compares)
     "Is the second the first, made again?"
     differ = differences(record, again)
-    if record.get('student_hash') == again['student_hash']: return True, ['equal to the last bit: the student has the same hash']
-    top1 = f"top-1 {record['top1_last']:.2f} % then, {again['top1_last']:.2f} % now, {again['top1_last'] - record['top1_last']:+.2f}"
-    why = 'the record is older than the hash of the student' if 'student_hash' not in record else 'not equal to the last bit'
+    if record.get('student_hash') == again['student_hash']:
+        return True, ['equal to the last bit: the student has the same hash']
+    top1 = (f"top-1 {record['top1_last']:.2f} % then, {again['top1_last']:.2f} % now, "
+            f"{again['top1_last'] - record['top1_last']:+.2f}")
+    why = ('the record is older than the hash of the student' if 'student_hash' not in record
+           else 'not equal to the last bit')
     known = [f'  {line}' for line in differ] or ['  nothing that the records say']
     return 'student_hash' not in record or bool(differ), [f'{why}: {top1}', 'what differs:', *known]
 
@@ -175,9 +220,12 @@ def experiment_of(record: dict # as `read_record` returns it
     "The experiment that made a record."
     settings = _tuples(record['settings'])
     if unknown := set(settings) - {f.name for f in fields(Experiment)}:
-        raise ValueError(f"{record['name']} seed {record['seed']}: found settings {[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
+        raise ValueError(f"{record['name']} seed {record['seed']}: found settings "
+                         f"{[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
                          'version; tabulate the record with the version that made it')
     try:
-        options = method_options(settings['method']) | settings['options']  # an option that is younger than the record
+        # an option that is younger than the record
+        options = method_options(settings['method']) | settings['options']
         return Experiment(**dict(settings, options=options))
-    except (TypeError, KeyError, AttributeError, RecursionError) as e: raise ValueError(f'found settings of no experiment ({e})') from None
+    except (TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f'found settings of no experiment ({e})') from None

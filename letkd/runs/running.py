@@ -30,43 +30,50 @@ from .experiments import Experiment, _DATA, _NORMALISATIONS, _identity, _network
 from .meters import LOGS, check_log, evaluate
 from .processes import agreed, processes, rank
 from .recipes import DATASETS
-from .records import _record, cached, data_hash, load_module, read_record, save_module, seen, weights_hash
+from .records import _record, cached, data_hash, load_module, read_record
+from .records import save_module, seen, weights_hash
 from .training import Training, train
 from ..taps import capture, grid_of, insert
 
 # %% ../../nbs/runs/running.ipynb #21e1c001
-def _device(device: Optional[str]) -> torch.device: return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+def _device(device: Optional[str]) -> torch.device:
+    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 def _rehearse(e: Experiment, batches, device: torch.device):
     "Refuse what cannot work before a teacher is trained for it."
     if not addends(e.method): return
-    networks = (create_model(name, len(batches.images.classes)).to(device) for name in (e.student, e.teacher))
+    networks = (create_model(name, len(batches.images.classes)).to(device)
+                for name in (e.student, e.teacher))
     check_method(e.method, Setup(*networks, batches, e.penultimate, e.intermediate), **e.options)
 
 # %% ../../nbs/runs/running.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
-            out = 'runs',                 # folder of all runs; teachers and fitted supervisions are looked for there
+            # folder of all runs; teachers and fitted supervisions are looked for there
+            out = 'runs',
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
             quiet: bool = False,          # no progress, should a teacher have to be trained
             checkpoint_every: str = '5m', # see `letkd.runs.checkpoints.Every`
             log: Optional[str] = None,    # one of `letkd.runs.meters.LOGS`, for a teacher's run too
-           ) -> tuple:                    # (Training, training images as `Batches` in order, what the record says of the teacher)
+           ) -> tuple: # (Training, training images in order, what the record says of the teacher)
     "Everything a run needs, before its first step. Draws from the global generator."
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
     settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
-    batches, plain = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e), **settings), entry.batches(images, 500)
+    batches, plain = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e),
+                                   **settings), entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
     student = channels_last(create_model(e.student, len(images.classes)).to(device))
-    terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, _cache(e, out, made), **e.options)
+    terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate,
+                         _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
     fold_teacher(distiller)
     if e.sync_bn and device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones, e.momentum, e.weight_decay, e.amp, e.nesterov)
+    training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones, e.momentum,
+                        e.weight_decay, e.amp, e.nesterov)
     return training, plain, made
 
 # %% ../../nbs/runs/running.ipynb #b23a1ff6
@@ -75,34 +82,45 @@ def _augment(e: Experiment): # for `DataSet.batches`
     return replace(augment, mode=e.padding) if e.padding != 'reflect' and augment else augment
 
 def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training images
-    "A set that is smaller than a batch is one; its teacher's, whose batches are the recipe's, has to train on it too."
+    """A set that is smaller than a batch is one; its teacher's, whose batches are the recipe's, has
+    to train on it too."""
     if count >= e.batch_size: return e.batch_size
-    if not (quiet or rank()): print(f'{e.name}: {count} training images are one batch, where batch_size is {e.batch_size}', flush=True)
+    if not (quiet or rank()):
+        print(f'{e.name}: {count} training images are one batch, where batch_size is '
+              f'{e.batch_size}', flush=True)
     return count
 
 def _check_last(e: Experiment, count: int): # training images
     "Can the last batch of an epoch be trained on?"
     last = 0 if e.drop_last else count % e.batch_size
-    if last == 1: raise ValueError(f'drop_last: found a last batch of one image, {count} images in batches of {e.batch_size}; batch normalisation '
-                                   'needs more than one: expected another batch_size, or drop_last=True')
+    if last == 1: raise ValueError(f'drop_last: found a last batch of one image, {count} images in '
+                                   f'batches of {e.batch_size}; batch normalisation '
+                                   'needs more than one: expected another batch_size, or '
+                                   'drop_last=True')
     if not e.drop_last and (e.batch_size % processes() or last % processes()):
-        raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for {processes()} processes; expected one that they share equally')
+        raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for '
+                         f'{processes()} processes; expected one that they share equally')
 
 # %% ../../nbs/runs/running.ipynb #d0a70008
 def _check_classes(e: Experiment, known, unseen): # images to train on and to evaluate on
     if known.classes != unseen.classes:
-        raise ValueError(f'{e.dataset}: found {len(known.classes)} classes to train on, {known.classes[:4]}, and {len(unseen.classes)} in '
+        raise ValueError(f'{e.dataset}: found {len(known.classes)} classes to train on, '
+                         f'{known.classes[:4]}, and {len(unseen.classes)} in '
                          f'{e.eval_split}, {unseen.classes[:4]}; expected the same')
 
 def _check_rows(e: Experiment, images):
-    "Are there as many positions as prototypes? Asked before a teacher is trained for them; networks of others may not run without weights."
-    wanted, model = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0), _network(e.student).eval()
+    """Are there as many positions as prototypes? Asked before a teacher is trained for them;
+    networks of others may not run without weights."""
+    wanted, model = (0 if e.options.get('kernels') else e.options.get('num_prototypes', 0),
+                     _network(e.student).eval())
     try:
-        with torch.no_grad(), capture(model, e.penultimate[:1]) as maps: model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
+        with torch.no_grad(), capture(model, e.penultimate[:1]) as maps:
+            model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
         height, width = grid_of(maps[e.penultimate[0]])
     except Exception: return
     if (found := len(images) * height * width) < wanted:
-        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of {height} x {width} positions in {e.student}; '
+        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of {height} x '
+                         f'{width} positions in {e.student}; '
                          f'expected at least num_prototypes = {wanted}')
 
 # %% ../../nbs/runs/running.ipynb #3c5e16ce
@@ -114,28 +132,35 @@ def run(e: Experiment,                # what to run
         log: Optional[str] = None,    # one of `letkd.runs.meters.LOGS`, of every epoch
         wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
-    "Run an experiment, its teacher first; what is done is not done again, what was interrupted goes on."
+    """Run an experiment, its teacher first; what is done is not done again, what was interrupted
+    goes on."""
     folder = Path(out)/e.folder
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     _check_here(e, device, log)
     with torch.random.fork_rng():
-        with _recommending(e): training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
+        with _recommending(e):
+            training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
         _check_classes(e, plain.images, images := e.load(e.eval_split))
-        unseen = DATASETS[e.dataset].batches(images.to(training.device), 500, share=(rank(), processes()))
+        unseen = DATASETS[e.dataset].batches(images.to(training.device), 500,
+                                             share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
-            if done := agreed(lambda: _finished(folder)): return done  # by the one that was waited for
+            if done := agreed(lambda: _finished(folder)):
+                return done  # by the one that was waited for
             agreed(lambda: _announce(e, folder, quiet))
             perplexities = _first_look(e, training.distiller, plain)
             with _log(log, folder, perplexities) as watched:
-                train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet, checkpoint_every, watched)
+                train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet,
+                      checkpoint_every, watched)
             made['data_hash'] = data_hash(plain.images, images)
             return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../../nbs/runs/running.ipynb #d0a7000a
-def _check_here(e: Experiment, device: Optional[str], log: Optional[str]): # what only this machine can tell
+def _check_here(e: Experiment, device: Optional[str], log: Optional[str]):
+    # what only this machine can tell
     check_log(log)
     if e.sync_bn and _device(device).type != 'cuda':
-        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has no SyncBatchNorm elsewhere')
+        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has '
+                         'no SyncBatchNorm elsewhere')
 
 # %% ../../nbs/runs/running.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
@@ -150,23 +175,30 @@ def _log(name: Optional[str], folder: Path, perplexities: dict):
 
 def _announce(e: Experiment, folder: Path, quiet: bool):
     if processes() > 1 and not quiet:
-        print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, {e.batch_size // processes()} images each; '
+        print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, '
+              f'{e.batch_size // processes()} images each; '
               f'learning rate {e.lr:g}, as with one process', flush=True)
-    if not (folder/'config.json').exists(): write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
+    if not (folder/'config.json').exists():
+        write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
 
-def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict) -> dict: # the record
+def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict
+           ) -> dict: # the record
     images = seen(training.batches.images)
-    save_module(training.distiller.student, folder/'student.safetensors', model=e.student, name=e.name, images=images)
-    write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made), indent=1) + '\n')
+    save_module(training.distiller.student, folder/'student.safetensors', model=e.student,
+                name=e.name, images=images)
+    write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made),
+                                                indent=1) + '\n')
     return read_record(folder/'record.json')
 
 # %% ../../nbs/runs/running.ipynb #f9e92b66
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "A finished run, with a word if its files are others now."
-    own = any(':' in (name or '') for name in (e.student, e.teacher)) or any(part.__module__ in IMPORTED for part in addends(e.method))
+    own = (any(':' in (name or '') for name in (e.student, e.teacher))
+           or any(part.__module__ in IMPORTED for part in addends(e.method)))
     then, now = record.get('imported', {}), versions()
     if own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
-        print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made again; delete it for a new run', file=sys.stderr)
+        print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made '
+              'again; delete it for a new run', file=sys.stderr)
     return record
 
 # %% ../../nbs/runs/running.ipynb #fc101a0e
@@ -184,7 +216,8 @@ def _recommendation(e: Experiment) -> str: # of taps
     images = next(iter(DATASETS[e.dataset].batches(e.load(e.eval_split), 2)))[0]
     try: ours, theirs = (_natural(name, images) for name in (e.student, e.teacher))
     except ValueError: return known  # images of another size are needed
-    pairs = {role: (ours[role], theirs[role]) for role in ('penultimate', 'intermediate') if role in ours and role in theirs}
+    pairs = {role: (ours[role], theirs[role]) for role in ('penultimate', 'intermediate')
+             if role in ours and role in theirs}
     usual = ' '.join(f'--set {role}="{pair}"' for role, pair in pairs.items())
     return f'{known}; usual ones: {usual}' if usual else known
 
@@ -196,8 +229,10 @@ def _natural(name: str, images: torch.Tensor) -> dict: # {role: tap}
     with torch.random.fork_rng(): return _places(name) or natural(create_model(name, 2), images)
 
 # %% ../../nbs/runs/running.ipynb #175d72d9
-def load_run(e: Experiment, out = 'runs', device: Optional[str] = None) -> Distiller: # a run that is done; where; on what
-    "The distiller of a finished run: the trained student with its KD layers, the teacher, the fitted supervisions."
+def load_run(e: Experiment, out = 'runs', device: Optional[str] = None
+            ) -> Distiller: # a run that is done; where; on what
+    """The distiller of a finished run: the trained student with its KD layers, the teacher, the
+    fitted supervisions."""
     path = Path(out)/e.folder/'student.safetensors'
     if not path.exists(): raise FileNotFoundError(f'{path}: not found; run {e.name} first')
     with torch.random.fork_rng():
@@ -213,56 +248,70 @@ class Renormalise(nn.Module):
                  wanted: tuple, # the same, as they go
                 ):
         super().__init__()
-        (mean, std), (mean_, std_) = (torch.tensor(v, dtype=torch.float64)[..., None, None] for v in (given, wanted))
+        (mean, std), (mean_, std_) = (torch.tensor(v, dtype=torch.float64)[..., None, None]
+                                      for v in (given, wanted))
         self.register_buffer('gain', (std / std_).float())
         self.register_buffer('shift', ((mean - mean_) / std_).float())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x * self.gain + self.shift # B x 3 x H x W, both
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain + self.shift # B x 3 x H x W, both
 
 # %% ../../nbs/runs/running.ipynb #f4042ef7
 def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> float: # percent
     "How good a teacher from a file is; a run that is done says it in its record."
     if done := agreed(lambda: _finished(Path(out)/e.folder)): return done.get('teacher_top1')
-    top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500, share=(rank(), processes())))['top1']
-    said, chance = f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, {e.eval_split}', 100 / len(images.classes)
+    top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500,
+                                                         share=(rank(), processes())))['top1']
+    said, chance = (f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, '
+                    f'{e.eval_split}', 100 / len(images.classes))
     if not quiet and rank() == 0: print(said, flush=True)
     if top1 < min(3 * chance, (100 + chance) / 2):
         other = "None, the data set's own" if e.teacher_normalisation else "'imagenet', say"
-        warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images normalised otherwise (teacher_normalisation={other}), '
-                      'its classes stand in another order, it learned from another data set, or it computes otherwise under the same names')
+        warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images '
+                      f'normalised otherwise (teacher_normalisation={other}), '
+                      'its classes stand in another order, it learned from another data set, or it '
+                      'computes otherwise under the same names')
     return top1
 
 # %% ../../nbs/runs/running.ipynb #d0e21649
-def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, log) -> tuple: # (network or None, what the record says of it)
+def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, log
+            ) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
     path, record = e.teacher_checkpoint, {}
     if path is None:
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
     teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
-    if e.teacher_checkpoint is None: return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
+    if e.teacher_checkpoint is None:
+        return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
     images = e.load(e.eval_split)
     if e.teacher_normalisation:
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
         insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
-    return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=_top1_of(e, teacher, images.to(device), out, quiet))
+    return teacher, dict(teacher_hash=weights_hash(teacher),
+                         teacher_top1=_top1_of(e, teacher, images.to(device), out, quiet))
 
 # %% ../../nbs/runs/running.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
     "How `create_terms` fits a supervision: from the cache where it can."
     def fit(supervision, rows):
-        settings = {k: v for k, v in vars(supervision).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('_') and k != 'training'}
+        settings = {k: v for k, v in vars(supervision).items()
+                    if isinstance(v, (int, float, str, tuple)) and not k.startswith('_')
+                    and k != 'training'}
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
-        key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap, grid=rows.grid, version=letkd.__version__,
+        key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap,
+                   grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
         if not type(supervision).__module__.startswith('letkd.'): key |= dict(imported=versions())
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
 
-def _first_look(e: Experiment, distiller: Distiller, batches) -> dict: # {tap: perplexity of the target there}, on 500 images
+def _first_look(e: Experiment, distiller: Distiller, batches
+               ) -> dict: # {tap: perplexity of the target there}, on 500 images
     "What the teacher says of the first batch; then it is remembered or compiled, where asked."
     images, labels, _ = next(iter(batches))
-    perplexities = {tap: round(perplexity(target), 4) for tap, target in distiller.targets(images, labels).items()}
+    perplexities = {tap: round(perplexity(target), 4) for tap,
+                    target in distiller.targets(images, labels).items()}
     remembered = not e.augment and distiller.remember(batches, len(batches.images))
     if e.compile and not remembered: distiller.compile_teacher(images[:e.batch_size])
     return perplexities

@@ -25,18 +25,24 @@ from ..taps import largest, unpack
 
 # %% ../../nbs/runs/training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(m * epochs) * steps for m in milestones], gamma=.1)
+    return torch.optim.lr_scheduler.MultiStepLR(optimiser,
+                                                [round(m * epochs) * steps for m in milestones],
+                                                gamma=.1)
 
 def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
-    return torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.defaults['lr'], max(steps * epochs, 2), cycle_momentum=False)
+    return torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.defaults['lr'],
+                                               max(steps * epochs, 2), cycle_momentum=False)
 
 SCHEDULES = {'step': _step, 'one-cycle': _one_cycle}
 
 # %% ../../nbs/runs/training.ipynb #20a10013
-def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> torch.optim.SGD:
+def _sgd(parameters: list, lr: float, momentum: float, weight_decay: float,
+         nesterov: bool) -> torch.optim.SGD:
     fused = parameters[0].device.type in ('cpu', 'cuda')
-    optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=fused)
-    for p in parameters if momentum else (): optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    optimiser = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay,
+                                nesterov=nesterov and momentum > 0, fused=fused)
+    for p in parameters if momentum else ():
+        optimiser.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return optimiser
 
 # %% ../../nbs/runs/training.ipynb #7bf509d6
@@ -44,7 +50,9 @@ class Training:
     "A distiller, its optimiser and schedule, its data, and how far they have come."
     def __init__(self,
                  distiller: Distiller,       # what to train, on its device
-                 batches,                    # `letkd.data.batches.Batches`, or any loader of (images, labels) or (images, labels, index); this process's share
+                 # `letkd.data.batches.Batches`, or any loader of (images, labels) or
+                 # (images, labels, index); this process's share
+                 batches,
                  epochs: int,                # passes over the batches, in all
                  lr: float = .05,            # the largest learning rate
                  schedule: str = 'step',     # one of `SCHEDULES`
@@ -54,31 +62,41 @@ class Training:
                  amp: bool = False,          # bfloat16 autocast where the device is CUDA
                  nesterov: bool = True,      # Nesterov's momentum; False: plain
                 ):
-        if schedule not in SCHEDULES: raise ValueError(f'schedule: found {schedule!r}; expected one of {", ".join(SCHEDULES)}')
-        self.distiller, self.batches, self.epochs, self.steps = distiller, _stateful(batches), epochs, _length(batches)
+        if schedule not in SCHEDULES:
+            raise ValueError(f'schedule: found {schedule!r}; expected one of '
+                             f'{", ".join(SCHEDULES)}')
+        self.distiller, self.batches, self.epochs, self.steps = (distiller, _stateful(batches),
+                                                                 epochs, _length(batches))
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
         self.optimiser = _sgd(parameters, lr, momentum, weight_decay, nesterov)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
-        self.autocast = torch.autocast('cuda', torch.bfloat16) if amp and self.device.type == 'cuda' else nullcontext()
+        self.autocast = (torch.autocast('cuda', torch.bfloat16) if amp
+                         and self.device.type == 'cuda' else nullcontext())
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
         self.history, self.seconds, self.lr, self.conditions = [], 0., lr, [conditions(self.device)]
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # everyone's own dropout
 
-# %% ../../nbs/runs/training.ipynb #20e1c001
+# %% ../../nbs/runs/training.ipynb #b499f6da
 def _length(batches) -> int:
     "How many there are in an epoch; each epoch reads them anew."
     try: n = len(batches)
     except TypeError: n = None
     if n: return n
-    raise ValueError(f'batches: found a {type(batches).__name__} ' + ('without a batch' if n == 0 else 'without a length') +
-                     '; expected a loader that knows how many batches an epoch has, and gives them anew in each')
+    raise ValueError(f'batches: found a {type(batches).__name__} '
+                     + ('without a batch' if n == 0 else 'without a length') +
+                     '; expected a loader that knows how many batches an epoch has, and gives them '
+                     'anew in each')
 
 class WholeEpochs:
-    "A loader that cannot say where it stands: a run on it is kept at the end of each epoch, and goes on with a whole one."
-    def __init__(self, loader): self.loader, self.epoch = loader, 0 # such as `torch.utils.data.DataLoader`
+    """A loader that cannot say where it stands: a run on it is kept at the end of each epoch, and
+    goes on with a whole one."""
+    def __init__(self, loader):
+        self.loader, self.epoch = loader, 0 # such as `torch.utils.data.DataLoader`
     def __len__(self) -> int: return len(self.loader)
-    def __str__(self): return f'letkd: {type(self.loader).__name__} has no state_dict: a run that is stopped begins its epoch again'
+    def __str__(self):
+        return (f'letkd: {type(self.loader).__name__} has no state_dict: a run that is stopped '
+                'begins its epoch again')
 
     def __iter__(self) -> Iterator:
         sampler, self.epoch = getattr(self.loader, 'sampler', None), self.epoch + 1
@@ -93,56 +111,71 @@ class WholeEpochs:
         self.epoch = state['epoch']
         if state['generator'] is not None: self.loader.generator.set_state(state['generator'])
 
+# %% ../../nbs/runs/training.ipynb #20e1c001
 def _stateful(batches):
-    return batches if hasattr(batches, 'state_dict') and hasattr(batches, 'load_state_dict') else WholeEpochs(batches)
+    return (batches if hasattr(batches, 'state_dict') and hasattr(batches, 'load_state_dict')
+            else WholeEpochs(batches))
 
 # %% ../../nbs/runs/training.ipynb #20a10001
 @patch(as_prop=True)
 def epoch(self: Training) -> int: return len(self.history) # epochs that are done
 
-class _Losses(nn.Module): # the engine waits for the gradient of all that is returned with one: the losses, not the logits
+# the engine waits for the gradient of all that is returned with one: the losses, not the logits
+class _Losses(nn.Module):
     def __init__(self, distiller: Distiller): super().__init__(); self.distiller = distiller
     def forward(self, *batch):
         logits, losses = self.distiller(*batch)
         return logits.detach(), losses
 
 # what an older PyTorch calls the same: do not broadcast the buffers at each step
-_AT_EACH_STEP = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters else 'broadcast_buffers'
+_AT_EACH_STEP = ('forward_sync_buffers'
+                 if 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+                 else 'broadcast_buffers')
 
 def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
     if processes() == 1: return distiller
-    return DistributedDataParallel(_Losses(distiller), [device] if device.type == 'cuda' else None, **{_AT_EACH_STEP: False},
-                                   find_unused_parameters=any(getattr(term, 'alone', 0) for term in distiller.terms))
+    return DistributedDataParallel(_Losses(distiller), [device] if device.type == 'cuda' else None,
+                                   **{_AT_EACH_STEP: False},
+                                   find_unused_parameters=any(getattr(term, 'alone', 0)
+                                                              for term in distiller.terms))
 
 # %% ../../nbs/runs/training.ipynb #20a10003
 def conditions(device: torch.device) -> dict: # of a run on it
     "What the last bits of a run depend on, besides its state."
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    own = dict(imported=found) if (found := versions()) else {}  # files with methods and networks of one's own
-    return dict(device=name, threads=torch.get_num_threads(), processes=processes(), torch=str(torch.__version__), **own)
+    # files with methods and networks of one's own
+    own = dict(imported=found) if (found := versions()) else {}
+    return dict(device=name, threads=torch.get_num_threads(), processes=processes(),
+                torch=str(torch.__version__), **own)
 
 def _processor() -> str:
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
+    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')),
+                platform.processor())
 
 @patch
 def _note(self: Training, before: list): # conditions so far
     now, last = self.conditions[-1], before[-1]
     if now == last: self.conditions = before; return
     self.conditions = [*before, now]
-    changed = ', '.join(f'{k} {last.get(k)} before and {now.get(k)} now' for k in {**last, **now} if now.get(k) != last.get(k))
-    if not rank(): print(f'letkd: going on, but not to the same bits as without the stop: {changed}', file=sys.stderr)
+    changed = ', '.join(f'{k} {last.get(k)} before and {now.get(k)} now' for k in {**last, **now}
+                        if now.get(k) != last.get(k))
+    if not rank():
+        print(f'letkd: going on, but not to the same bits as without the stop: {changed}',
+              file=sys.stderr)
 
 # %% ../../nbs/runs/training.ipynb #e39addd1
 _PARTS = ('distiller', 'optimiser', 'schedule', 'batches', 'meter')
 
 def _generators(device) -> dict:
-    return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
+    return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device))
+                                              if device.type == 'cuda' else {})
 
 @patch
 def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and dicts only
     "Everything that `load_state_dict` needs to go on bit for bit. All processes take it together."
-    return dict({name: getattr(self, name).state_dict() for name in _PARTS}, generators=gathered(_generators(self.device)),
+    return dict({name: getattr(self, name).state_dict() for name in _PARTS},
+                generators=gathered(_generators(self.device)),
                 history=self.history, seconds=self.seconds, lr=self.lr, conditions=self.conditions)
 
 @patch
@@ -153,7 +186,8 @@ def load_state_dict(self: Training, state: dict):
     if rank() < len(state['generators']):  # a process more than before draws numbers of its own
         own = state['generators'][rank()]
         torch.set_rng_state(own['cpu'])
-        if self.device.type == 'cuda' and 'cuda' in own: torch.cuda.set_rng_state(own['cuda'], self.device)
+        if self.device.type == 'cuda' and 'cuda' in own:
+            torch.cuda.set_rng_state(own['cuda'], self.device)
     self._note(state['conditions'])
 
 # %% ../../nbs/runs/training.ipynb #2909729c
@@ -165,15 +199,18 @@ def resume(self: Training, kept: Checkpoints): # of the run's folder
     try: self.load_state_dict(state)
     except Exception as e:  # whatever a checkpoint of something else holds
         what = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise ValueError(f'{kept.folder}: the newest checkpoint is one of another run or version ({what}); delete it, or choose another folder') from None
+        raise ValueError(f'{kept.folder}: the newest checkpoint is one of another run or version '
+                         f'({what}); delete it, or choose another folder') from None
 
 # %% ../../nbs/runs/training.ipynb #20a10004
 @patch
-def step(self: Training, images: torch.Tensor, labels: torch.Tensor, # a batch, or this process's share of it
+def step(self: Training, images: torch.Tensor,
+         labels: torch.Tensor, # a batch, or this process's share of it
          index: Optional[torch.Tensor] = None):                      # B, place in the training set
     "Forward, backward, and one step of optimiser and schedule."
     progress = (self.epoch + self.meter.step / self.steps) / self.epochs
-    with self.autocast: logits, losses = self.model(images, labels, index, progress, (self.epoch + 1) / self.epochs)
+    with self.autocast:
+        logits, losses = self.model(images, labels, index, progress, (self.epoch + 1) / self.epochs)
     self.optimiser.zero_grad()
     sum(losses.values()).backward()
     self.meter.add(losses, logits, largest(labels))
@@ -182,12 +219,15 @@ def step(self: Training, images: torch.Tensor, labels: torch.Tensor, # a batch, 
     self.schedule.step()
 
 @patch
-def end_epoch(self: Training, test: Optional[Iterable] = None) -> dict: # batches to evaluate on; the epoch's line of the history
+def end_epoch(self: Training, test: Optional[Iterable] = None
+             ) -> dict: # batches to evaluate on; the epoch's line of the history
     "Evaluate, note the line, and begin a new page of the meter."
-    row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr, seconds=round(self.seconds, 3))
+    row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
+               seconds=round(self.seconds, 3))
     if test is not None:
         from_first(self.distiller.student.buffers())
-        row |= {k: v for k, v in evaluate(self.distiller.student, test, self.distiller.output).items() if k != 'loss'}
+        row |= {k: v for k, v in evaluate(self.distiller.student, test,
+                                          self.distiller.output).items() if k != 'loss'}
     self.history.append(row)
     self.meter = Meter(self.steps, self.device)
     return row
@@ -195,31 +235,39 @@ def end_epoch(self: Training, test: Optional[Iterable] = None) -> dict: # batche
 # %% ../../nbs/runs/training.ipynb #20a10006
 @patch
 def rest(self: Training) -> Iterator: # of batches
-    "What is still to come of the running epoch; the time between two batches is added to the run's."
+    """What is still to come of the running epoch; the time between two batches is added to the
+    run's."""
     self.distiller.train()
     start = time.time()
     for batch in self.batches if self.meter.step < self.steps else ():
-        if self.meter.step == self.steps: raise ValueError(f'batches: found more than the {self.steps} of its length in epoch {self.epoch + 1}')
-        yield tuple(None if x is None else x.to(self.device, non_blocking=True) for x in unpack(batch))
+        if self.meter.step == self.steps:
+            raise ValueError(f'batches: found more than the {self.steps} of its length in epoch '
+                             f'{self.epoch + 1}')
+        yield tuple(None if x is None else x.to(self.device, non_blocking=True)
+                    for x in unpack(batch))
         self.seconds, start = self.seconds + time.time() - start, time.time()
-    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; expected a loader that can be read '
+    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; '
+                                             'expected a loader that can be read '
                                              'anew in each epoch')
 
 @patch
 def wish(self: Training, own: int) -> int: # 0: none; 1: a checkpoint; else a signal's number
-    "What the processes agree on, whenever they meet: at each step on the CPU, every 50 on an accelerator."
+    """What the processes agree on, whenever they meet: at each step on the CPU, every 50 on an
+    accelerator."""
     if processes() > 1 and self.meter.seen < self.meter.step: return 0
     return highest(own)
 
 # %% ../../nbs/runs/training.ipynb #395b7d2f
 def train(training: Training,        # what to train
-          folder,                    # of the run: its checkpoints and metrics.jsonl are written there
+          folder, # of the run: its checkpoints and metrics.jsonl are written there
           test = None,               # batches to evaluate on after each epoch, or None
           title: str = 'training',   # of the progress bar
           quiet: bool = False,       # no progress
-          checkpoint_every: str = '5m', # besides the end of each epoch; see `letkd.runs.checkpoints.Every`
-          log: Optional[Callable] = None, # gets each epoch's dict, and the earlier ones first where a run goes on
-         ) -> list:                  # one dict an epoch: losses by name, train_top1, top1, top5, lr, seconds
+          # besides the end of each epoch; see `letkd.runs.checkpoints.Every`
+          checkpoint_every: str = '5m',
+          # gets each epoch's dict, and the earlier ones first where a run goes on
+          log: Optional[Callable] = None,
+         ) -> list: # one dict an epoch: losses by name, train_top1, top1, top5, lr, seconds
     "Train to the last epoch, from the newest checkpoint in `folder` if there is one."
     every, kept = Every(checkpoint_every), Checkpoints(folder)
     with locked(folder), Signals() as signals, _begun(training, kept, log, quiet) as log:
@@ -231,7 +279,8 @@ def train(training: Training,        # what to train
                         progress.step()
                         _keep(training, kept, every, training.wish(max(signals.seen, every.due())))
                 except NonFiniteLoss as e:
-                    raise NonFiniteLoss(f'epoch {training.epoch + 1}, {e}; {kept}. Try a lower learning rate') from None
+                    raise NonFiniteLoss(f'epoch {training.epoch + 1}, {e}; {kept}. Try a lower '
+                                        'learning rate') from None
                 progress.epoch(row := training.end_epoch(test))
                 _keep(training, kept, every, highest(max(signals.seen, 1)))
                 log(row)
@@ -239,22 +288,31 @@ def train(training: Training,        # what to train
 
 # %% ../../nbs/runs/training.ipynb #27517e7f
 @contextmanager
-def _begun(training: Training, kept: Checkpoints, log: Optional[Callable], quiet: bool) -> Iterator[Callable]: # the log of this process
+def _begun(training: Training, kept: Checkpoints, log: Optional[Callable], quiet: bool
+          ) -> Iterator[Callable]: # the log of this process
     training.resume(kept)
-    if isinstance(training.batches, WholeEpochs) and not (quiet or rank()): print(training.batches, file=sys.stderr)
+    if isinstance(training.batches, WholeEpochs) and not (quiet or rank()):
+        print(training.batches, file=sys.stderr)
     log = (lambda row: None) if log is None or rank() else log
     for row in training.history: log(row)
     yield log
 
 def _leave(training: Training, kept: Checkpoints, signum: int):
     "Within an epoch that cannot be kept: 1 is a checkpoint that is due, and waits."
-    if signum > 1: raise Stopped(signum, f' in epoch {training.epoch + 1}, which the same command begins again; {kept}')
+    if signum > 1:
+        raise Stopped(signum, f' in epoch {training.epoch + 1}, which the same command begins '
+                      f'again; {kept}')
 
 def _keep(training: Training, kept: Checkpoints, every: Every, wish: int):
-    if wish and isinstance(training.batches, WholeEpochs) and training.meter.step: return _leave(training, kept, wish)
+    if wish and isinstance(training.batches, WholeEpochs) and training.meter.step:
+        return _leave(training, kept, wish)
     if not wish: return
     training.meter.look()  # what is saved is finite
-    agreed(lambda: write_text(kept.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in training.history)))  # first: a finished run writes no more
+    # first: a finished run writes no more
+    agreed(lambda: write_text(kept.folder/'metrics.jsonl',
+                              ''.join(json.dumps(r) + '\n' for r in training.history)))
     kept.save(training.state_dict())
     every.restart()
-    if wish > 1: raise Stopped(wish, f' in epoch {training.epoch + 1}; the same command goes on from {kept.paths()[0]}')
+    if wish > 1:
+        raise Stopped(wish, f' in epoch {training.epoch + 1}; the same command goes on from '
+                      f'{kept.paths()[0]}')
