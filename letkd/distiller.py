@@ -487,7 +487,7 @@ def soften(maps: Maps, temperature: float
                                dim=1) for z in (t, s))
 
 class KD(Term):
-    """Softened logits [@hinton2015kd]; weight .9 with .1 cross-entropy alone, weight 1
+    """Softened logits (Hinton et al., 2015); weight .9 with .1 cross-entropy alone, weight 1
     in sums, as in the CRD paper's tables."""
     same_classes = True
     def __init__(self, weight: float = 1., temperature: float = 4.):
@@ -505,7 +505,7 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
               log_s: Tensor,  # B x Y, log p_s
               labels: Tensor, # B
              ) -> tuple:      # (TCKD, NCKD), B each
-    "The two parts of the divergence of each image (@eq-dkd)."
+    "The two parts of the divergence of each image (equation 2)."
     own = F.one_hot(labels, log_t.shape[1]).bool()
     pairs = [torch.stack([z[own], z.masked_fill(own, -torch.inf).logsumexp(1)], 1)
              for z in (log_s, log_t)]
@@ -515,7 +515,7 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
 
 # %% ../nbs/07_distiller.ipynb #6223ca24
 class DKD(Term):
-    """Decoupled KD [@zhao2022dkd]: min(after_epoch / warmup, 1) T² (alpha TCKD + beta
+    """Decoupled KD (Zhao et al., 2022): min(after_epoch / warmup, 1) T² (alpha TCKD + beta
     NCKD)."""
     same_classes = True
     def __init__(self,
@@ -708,7 +708,7 @@ def quest(setup: Setup,                  # what it is built for
           kernel_tau: float = .25,
          ) -> list:                      # of terms
     """Prototypes supervise the penultimate map through a KD layer without a transform
-    [@jain2020quest]."""
+    (Jain et al., 2020)."""
     taps, supervision = setup.penultimate, KMeansPrototypes(num_prototypes, tau)
     if kernels:
         taps, supervision = ((taps[0], kernel_tap(setup.teacher)),
@@ -723,7 +723,7 @@ def letkd1(setup: Setup,                  # what it is built for
            # their temperature, in standard deviations of the responses
            kernel_tau: float = .25,
           ) -> list:                      # of terms
-    "The KD layer at the penultimate map [@gorgun2023letkd]."
+    "The KD layer at the penultimate map (Görgün et al., 2023)."
     return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau)
 
 # %% ../nbs/07_distiller.ipynb #6aa152ff
@@ -733,7 +733,7 @@ def letkd_intermediate(setup: Setup,                   # what it is built for
                        per_class: int = 8,             # sub-classes in each class
                       ) -> list:                       # of terms
     """The KD layer at the intermediate map alone, a row of letKD's ablations
-    [@gorgun2023letkd]."""
+    (Görgün et al., 2023)."""
     return [setup.layer('intermediate', setup.intermediate,
                         SubClasses(num_dims, per_class), alpha_intermediate)]
 
@@ -747,7 +747,7 @@ def letkd2(setup: Setup,                   # what it is built for
            per_class: int = 8,             # sub-classes in each class
           ) -> list:                       # of terms
     """letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes
-    [@gorgun2023letkd]."""
+    (Görgün et al., 2023)."""
     return [*letkd_intermediate(setup, alpha_intermediate, num_dims, per_class),
             *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
 
@@ -794,7 +794,7 @@ def layer2(setup: Setup,                     # what it is built for
 def kd(setup: Setup,            # what it is built for
        temperature: float = 4., # T
       ) -> list:                # of terms
-    "Softened logits [@hinton2015kd]."
+    "Softened logits (Hinton et al., 2015)."
     return [KD(temperature=temperature)]
 
 def dkd(setup: Setup,             # what it is built for
@@ -803,7 +803,7 @@ def dkd(setup: Setup,             # what it is built for
         temperature: float = 4.,  # T
         warmup: float = 20 / 240, # share of the training in which its weight grows
        ) -> list:                 # of terms
-    "Decoupled KD [@zhao2022dkd]."
+    "Decoupled KD (Zhao et al., 2022)."
     return [DKD(dkd_alpha, dkd_beta, temperature, warmup)]
 
 # %% ../nbs/07_distiller.ipynb #8e1c0d01

@@ -19,8 +19,8 @@ from .matching import PrototypeTarget, TableTarget, kd_layer, precise, unit
 
 # %% ../nbs/fused.ipynb #4aca2508
 class _Statistics(torch.autograd.Function):
-    """Mean and variance of every column of u wᵀ (@eq-statistics), with their gradients
-    (@eq-statistics-back)."""
+    """Mean and variance of every column of u wᵀ (equation 1), with their gradients
+    (equation 2)."""
     @staticmethod
     def forward(ctx, u, w): # N x C, K x C -> K, K
         centre, v = u.mean(0), w.double()
@@ -49,7 +49,7 @@ def _track(norm: nn.BatchNorm1d, mean: Tensor, var: Tensor):
         running.copy_(running.to(new) * (1 - momentum) + new * momentum)
 
 def _affine(u: Tensor, w: Tensor, norm: nn.BatchNorm1d) -> tuple: # gain, mean and bias, K each
-    """Batch normalisation as an affine map of scores in bits (@eq-affine); in training with the
+    """Batch normalisation as an affine map of scores in bits (equation 3); in training with the
     statistics of these rows."""
     if norm.training:
         mean, var = _Statistics.apply(u, w)
@@ -109,7 +109,7 @@ def embed(u: Tensor,         # N x C pixels of length 1
           bias: Tensor,      # K
           semantics: Tensor, # C x K, rows of length 1, or times a scale
          ) -> Tensor:        # N x C; no gradients
-    """A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (@eq-late): all of the layer that inference
+    """A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (equation 4): all of the layer that inference
     needs."""
     y, lengths = u.new_empty(len(u), len(semantics)), u.new_empty(len(u), 1)
     for i, j, a in _tiles(u, weight, 1):
@@ -138,7 +138,7 @@ class _Prototypes:
                       _BITS / target.tau)
         self.rows, self.prototypes, self.bias = 2 * bits * t, c, -bits * c.square().sum(1)
 
-    def tile(self, i, j, s, p, t): # (probabilities, the sum of @eq-row, mass)
+    def tile(self, i, j, s, p, t): # (probabilities, the sum of equation 5, mass)
         torch.addmm(self.bias, self.rows[i:j], self.prototypes.T, out=t)
         _below(t, t.amax(1, keepdim=True), t)
         p, total, lse = _softmax(t, p, calm=True)
@@ -186,7 +186,7 @@ def _teacher(target, like: Tensor): # what gives a target's tiles; None for None
 # %% ../nbs/fused.ipynb #3f8c21d7
 def _supervise(s, out, teacher, i, j, p, t, calm
               ) -> tuple: # (KL_n, rows x 1; p_T - π p_S, in `out`, which may be `t`)
-    "The loss of a tile of scores and, but for its sign, its gradient (@eq-row)."
+    "The loss of a tile of scores and, but for its sign, its gradient (equation 5)."
     p, part, mass = teacher.tile(i, j, s, p, t)
     e, total, lse = _softmax(s, t, calm)
     return part + mass * lse, torch.addcmul(p, e, mass / total, value=-1, out=out)
@@ -218,7 +218,7 @@ class _Loss(torch.autograd.Function):
 # %% ../nbs/fused.ipynb #b6d0d658
 def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe
           ) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
-    """Forward pass over all tiles (@eq-late, @eq-row). `fresh` tiles of each are kept, or else
+    """Forward pass over all tiles (equations 4, 5). `fresh` tiles of each are kept, or else
     `early` gets gradients of u and w."""
     y, lengths, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
     for i, j, s, *e, p, t in _tiles(u, w, max(3, 2 + fresh), fresh, safe):
@@ -234,7 +234,7 @@ def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe
 
 # %% ../nbs/fused.ipynb #0b7ae3c9
 def _value_back(d, pull, V, a, z, dV) -> Tensor: # gradient at the output of BN, in z
-    "From gradients d of y to those of a tile of assignments, through ReLU (@eq-back-value)."
+    "From gradients d of y to those of a tile of assignments, through ReLU (equation 6)."
     dV.addmm_(d.T, a)
     torch.mm(d, V, out=z).addcmul_(a, pull, value=-1)
     return torch.ops.aten.threshold_backward.grad_input(z, a, 0, grad_input=z)
@@ -242,7 +242,7 @@ def _value_back(d, pull, V, a, z, dV) -> Tensor: # gradient at the output of BN,
 # %% ../nbs/fused.ipynb #7fc6ccd0
 def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept
               ) -> tuple: # gradients of u, w (as C x K), gain, bias, V
-    "Backward pass from kept scores and loss gradients (@eq-back-scores)."
+    "Backward pass from kept scores and loss gradients (equation 7)."
     du, (dgain, dbias), (dw, dV) = (torch.empty_like(u), gain.new_zeros(2, len(w)),
                                     (_spaced(u, *V.shape).zero_() for _ in 'wV'))
     for (i, j, a, z), s, more in zip(_tiles(u, w, 2), kept[::2], kept[1::2]):
@@ -254,7 +254,7 @@ def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept
 
 # %% ../nbs/fused.ipynb #f31b84d2
 def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: # as `_fast_back`
-    "Backward pass with scores computed again, or kept where there is no teacher (@eq-back-small)."
+    "Backward pass with scores computed again, or kept where there is no teacher (equation 8)."
     du, dbias, (q, dV) = torch.empty_like(u), torch.zeros_like(gain), (_spaced(u, *V.shape).zero_()
                                                                        for _ in 'qV')
     centre, gw, ones, kept = (u.sum(0) / max(len(u), 1), gain[:, None] * w, u.new_ones(len(u)),

@@ -112,7 +112,7 @@ def _like(rows: Tensor, last: Tensor, x: Tensor
 # %% ../nbs/04_layer.ipynb #83699381
 def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False
              ) -> bool: # learns: is there a backward pass through v?
-    "Are tiles the faster form for these shapes (@eq-rule)?"
+    "Are tiles the faster form for these shapes (equation 1)?"
     return n * k >= max(2**18, (4 if learns else 1.5) * c * (n + k), cuda * 2**24)
 
 @patch
@@ -260,7 +260,7 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
 # %% ../nbs/04_layer.ipynb #404f34cd
 class FoldedKDLayer(nn.Module):
     """Inference form of a `KDLayer`: two products, BN folded and weights normalised
-    once (@eq-fold)."""
+    once (equation 2)."""
     def __init__(self, weight: Tensor, bias: Tensor, semantics: Tensor):
         # W' K x C, b' K, V' C x K
         super().__init__()
@@ -269,7 +269,7 @@ class FoldedKDLayer(nn.Module):
 
     def forward(self, x: Tensor
                ) -> Tensor: # B x C x H x W or B x N x C; features like `x`
-        """Add the embedding of what matched; in tiles where they are faster (@eq-rule),
+        """Add the embedding of what matched; in tiles where they are faster (equation 1),
         and nobody asks for a graph."""
         if isinstance(x, fx.Proxy): return _node(self, x)
         last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x

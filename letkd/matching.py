@@ -23,7 +23,7 @@ def precise(x: Tensor
 
 def unit(x: Tensor # ... x C vectors
         ) -> Tensor: # vectors of length 1, in float32 at least; zero vectors stay zero
-    "Divide each vector by its length (@eq-unit)."
+    "Divide each vector by its length (equation 1)."
     x = precise(x)
     length = x.norm(dim=-1, keepdim=True)
     return x / length.masked_fill(length == 0, 1)
@@ -55,7 +55,7 @@ class DenseTarget(_Target):
 # %% ../nbs/03_matching.ipynb #481f55de
 @dataclass(frozen=True)
 class PrototypeTarget(_Target):
-    "Soft assignment of the teacher's rows to prototypes (@eq-prototypes)."
+    "Soft assignment of the teacher's rows to prototypes (equation 2)."
     rows: Tensor       # N x C, the teacher's pixels
     prototypes: Tensor # K x C
     tau: float = 1.    # temperature in squared units of the features
@@ -110,13 +110,13 @@ def matching_scores(x: Tensor,         # N x C pixels
                     templates: Tensor, # K x C
                     scale: Tensor,     # g, a scalar
                    ) -> Tensor:        # N x K, between -g and g, in float32 at least
-    "Scaled cosine of every pixel with every template (@eq-scores)."
+    "Scaled cosine of every pixel with every template (equation 3)."
     return scale * precise(unit(x) @ unit(templates).T)
 
 def kd_loss(scores: Tensor,  # N x K, S
             target: _Target, # of shape N x K
            ) -> Tensor:      # scalar
-    "Mean over the rows of KL(p_T || p_S), with p_S = softmax(S) (@eq-kd)."
+    "Mean over the rows of KL(p_T || p_S), with p_S = softmax(S) (equation 4)."
     n, k = scores.shape
     if target.shape != (n, k):
         raise ValueError(f'{type(target).__name__}: found {target.shape[0]} rows and '
@@ -140,7 +140,7 @@ def kd_layer(x: Tensor,                      # N x C pixels of the student
              target: Optional[_Target] = None, # the teacher's p_T for these rows
             ) -> tuple: # (N x C features in the type of x, the loss or None)
     """The KD layer of letKD as equations: scores, supervision, assignment, embedding
-    (@eq-scores to @eq-layer)."""
+    (equations 3 to 5)."""
     s = matching_scores(x, templates, scale)
     loss = None if target is None else kd_loss(s, target)
     if alpha == 0: return x, loss

@@ -294,7 +294,7 @@ def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, stri
 # %% ../nbs/05_prototypes.ipynb #56be68e8
 class KMeansPrototypes(Supervision):
     """Soft assignment to the K-means centres of all pixels of the training set
-    (@eq-prototypes)."""
+    (equation 1)."""
     def __init__(self,
                  num_prototypes: int = 4096, # K; 4096 in QuEST and letKD
                  # temperature, in squared units of the features; may change after `fit`
@@ -366,7 +366,7 @@ def tau_for_perplexity(target: Callable, # temperature -> target
 # %% ../nbs/05_prototypes.ipynb #cc57ba5a
 class KernelPrototypes(Supervision):
     """Softmax over the channels of a convolution's response before its batch
-    normalisation (@eq-kernels)."""
+    normalisation (equation 2)."""
     def __init__(self,
                  # temperature, in units of sigma; free to change after `fit`
                  tau: float = .25,

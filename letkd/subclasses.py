@@ -21,7 +21,7 @@ from .prototypes import kmeans, misfits, one_thread, sample
 # %% ../nbs/06_subclasses.ipynb #2864495a
 class Moments:
     """Counts, sums and products of the rows of each class, added up in float64
-    (@eq-scatter)."""
+    (equation 1)."""
     def __init__(self): self.shift = None
 
     @one_thread()
@@ -57,7 +57,7 @@ def lda_map(between: np.ndarray, # B, C x C
             within: np.ndarray,  # W, C x C
             num_dims: int,       # the most dimensions to keep
            ) -> tuple: # (C x d directions; all positive eigenvalues, descending)
-    """Solve @eq-lda where the classes vary; d <= num_dims, and never more than there
+    """Solve equation 2 where the classes vary; d <= num_dims, and never more than there
     are positive eigenvalues."""
     spread = within.diagonal()
     live = spread > 1e-12 * (spread + between.diagonal())
@@ -101,7 +101,7 @@ def split_classes(z: Tensor,           # N x d
 
 # %% ../nbs/06_subclasses.ipynb #b8875f52
 def _project(rows: Tensor, mean: Tensor, projection: Tensor
-            ) -> Tensor: # N x C, C, C x d -> N x d, z of @eq-lda
+            ) -> Tensor: # N x C, C, C x d -> N x d, z of equation 2
     x = precise(rows) - mean
     # in bfloat16, pixels near a border would cross it
     with torch.autocast(x.device.type, enabled=False):
@@ -132,7 +132,7 @@ def transition_matrix(pieces: Iterable[tuple], # (z, labels)
                       per_class: int,          # S
                      ) -> tuple: # (M, K x K, rows sum to 1; pixels of each sub-class)
     """Share of the pixels of sub-class i that lie nearest to sub-class j
-    (@eq-transition)."""
+    (equation 4)."""
     k = len(prototypes)
     counts = torch.zeros(k, k, dtype=torch.long)
     for z, labels in pieces: _count(z, labels, prototypes, per_class, counts)
@@ -183,7 +183,7 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
 # %% ../nbs/06_subclasses.ipynb #34ecf92e
 class SubClasses(Supervision):
     """Targets that know which parts of classes the teacher confuses: rows of the
-    transition matrix (@eq-transition)."""
+    transition matrix (equation 4)."""
     def __init__(self,
                  num_dims: int = 60, # d at most; 60 in letKD, 8 on CIFAR-10
                  per_class: int = 8, # S, sub-classes in each class; 8 in letKD
@@ -236,7 +236,7 @@ def fit(self: SubClasses, stream: Iterable):
 def project(self: SubClasses,
             rows: Tensor, # N x C
            ) -> Tensor:   # N x d, in the type of the prototypes
-    "Rows in the space of LDA (@eq-lda)."
+    "Rows in the space of LDA (equation 2)."
     self._fitted(rows, None if self.mean is None else len(self.mean))
     return _project(rows, self.mean, self.projection).to(self.prototypes.dtype)
 

@@ -20,7 +20,7 @@ def boundary_loss(s: Tensor,          # the student's values before ReLU
                   t: Tensor,          # the teacher's, of the same shape
                   margin: float = 1., # µ
                  ) -> Tensor:         # of the same shape, in float32 at least
-    "Squared hinge of the student at the teacher's side (@eq-hinge)."
+    "Squared hinge of the student at the teacher's side (equation 1)."
     side = torch.where(precise(t) > 0, 1., -1.)
     return (margin - side * precise(s)).clamp(min=0).square()
 
@@ -69,8 +69,8 @@ def connector(student: tuple, # (channels, (h, w)) of the student's map, as `Set
 
 # %% ../../nbs/baselines/ab.ipynb #c94b1904
 class ActivationBoundary(Term):
-    """Squared hinges at the teacher's activation boundaries, in a phase of its own (@eq-ab)
-    [@heo2019ab]."""
+    """Squared hinges at the teacher's activation boundaries, in a phase of its own (equation 2)
+    (Heo et al., 2019)."""
     def __init__(self,
                  # pairs (student's tap, teacher's tap) of values before ReLU, in order
                  stages: tuple,
@@ -105,7 +105,7 @@ def ab(setup: Setup,               # what it is built for
        margin: float = 1.,         # µ
        ab_weight: float = 1.,      # as the KD literature's common script
       ) -> list:                   # of terms
-    "Activation boundaries [@heo2019ab]; cross-entropy should start where `alone` ends."
+    "Activation boundaries (Heo et al., 2019); cross-entropy should start where `alone` ends."
     images = setup.first[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
     taps = [[before_relu(model, tap, images) for tap in side] for (_, model),

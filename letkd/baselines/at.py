@@ -38,12 +38,12 @@ def paired_rows(a: Tensor,  # map B x C x H x W, or tokens B x N x C
 def attention(x: Tensor,   # (B*h*w) x C, the rows of a map
               count: int,  # B, images
              ) -> Tensor:  # B x (h*w), each of length 1, in float32 at least
-    "Where the channels of each image are strong (@eq-attention)."
+    "Where the channels of each image are strong (equation 1)."
     return unit(precise(x).square().mean(1).view(count, -1))
 
 # %% ../../nbs/baselines/at.ipynb #d1744238
 class AttentionTransfer(Term):
-    "Squared difference of attention maps at several stages (@eq-at) [@zagoruyko2017attention]."
+    "Squared difference of attention maps at several stages (equation 2) (Zagoruyko and Komodakis, 2017)."
     def __init__(self,
                  stages: tuple = STAGES, # pairs (student's tap, teacher's tap)
                  weight: float = 1000.,  # factor in the total loss
@@ -63,5 +63,5 @@ def at(setup: Setup,              # what it is built for
        stages: tuple = STAGES,    # pairs (student's tap, teacher's tap)
        at_weight: float = 1000.,  # as the paper and the KD literature's common script
       ) -> list:                  # of terms
-    "Attention transfer [@zagoruyko2017attention]."
+    "Attention transfer (Zagoruyko and Komodakis, 2017)."
     return [AttentionTransfer(stages, at_weight)]

@@ -24,7 +24,7 @@ def nce(scores: Tensor, # B x (1+K), v.w / tau; the own image's first
         log_z: Tensor,  # log Z
         places: int,    # N, images in the training set
        ) -> Tensor:     # scalar
-    "How badly the own image is told from K others (@eq-nce)."
+    "How badly the own image is told from K others (equation 2)."
     logits = scores - log_z - math.log((scores.shape[1] - 1) / places)
     return (F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)).mean()
 
@@ -37,7 +37,7 @@ def _from_all(x: Tensor) -> Tensor: # the rows of every process, this one's alon
 
 # %% ../../nbs/baselines/crd.ipynb #b31a7a72
 class Bank(nn.Module):
-    """What is remembered of each training image (@eq-momentum). Everything is a buffer, so
+    """What is remembered of each training image (equation 3). Everything is a buffer, so
     checkpoints have it."""
     def __init__(self,
                  places: int,             # N, images in the training set
@@ -57,7 +57,7 @@ def forward(self: Bank,
             v: Tensor,     # B x D, of length 1
             picks: Tensor, # B x (1+K), places in the training set; the own image's first
            ) -> Tensor:    # scalar
-    "The judge's loss on these comparisons (@eq-nce)."
+    "The judge's loss on these comparisons (equation 2)."
     known = self.known.clone() if self.training else self.known
     scores = (v @ known.T).gather(1, picks) / self.temperature
     each = _from_all(scores.detach().flatten().logsumexp(0)[None])
@@ -123,7 +123,7 @@ def training_labels(batches: Iterable # of (images, labels) or (images, labels, 
 
 # %% ../../nbs/baselines/crd.ipynb #b64d240c
 class Contrast(Term):
-    "Contrastive representation distillation (@eq-crd) [@tian2020crd]."
+    "Contrastive representation distillation (equation 4) (Tian et al., 2020)."
     def __init__(self,
                  student_tap: str,         # of the last feature map
                  teacher_tap: str,         # the same in the teacher
@@ -182,7 +182,7 @@ def crd(setup: Setup, # what it is built for; its penultimate maps are pooled an
         embedding_dims: int = 128,    # D
        ) -> list:                     # of terms
     """Contrastive representation distillation; all defaults are those of the paper's experiments
-    [@tian2020crd]."""
+    (Tian et al., 2020)."""
     channels = [setup.shape(side, tap)[0] for side,
                 tap in zip(('student', 'teacher'), setup.penultimate)]
     labels = training_labels(setup.batches)

@@ -35,8 +35,8 @@ def as_map(x: Tensor,   # map B x C x H x W, or tokens B x N x C
 
 # %% ../../nbs/baselines/fitnet.ipynb #6b481ff6
 class Hint(Term):
-    """The student's map, through a regressor, imitates the teacher's (@eq-hint)
-    [@romero2015fitnets]."""
+    """The student's map, through a regressor, imitates the teacher's (equation 1)
+    (Romero et al., 2015)."""
     def __init__(self,
                  student_tap: str,        # of the guided layer
                  teacher_tap: str,        # of the hint
@@ -71,7 +71,7 @@ def fitnet(setup: Setup,                        # what it is built for
            hint: tuple = ('layer2', 'layer2'),
            fitnet_weight: float = 100.,         # as the KD literature's common script
           ) -> list:                            # of terms
-    "A hint in the middle of the network, beside cross-entropy from the start [@romero2015fitnets]."
+    "A hint in the middle of the network, beside cross-entropy from the start (Romero et al., 2015)."
     return [_hint(setup, hint, fitnet_weight)]
 
 # %% ../../nbs/baselines/fitnet.ipynb #f0b67eec

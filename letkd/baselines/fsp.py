@@ -17,7 +17,7 @@ from ..matching import precise
 def flow(bottom: Tensor, # map of a stage, B x C x H x W, or tokens B x N x C
          top: Tensor,    # map of the next stage, with D channels
         ) -> Tensor:     # B x C x D, in float32 at least
-    "The flow matrices between two stages (@eq-flow)."
+    "The flow matrices between two stages (equation 1)."
     a, b = (precise(r).view(len(bottom), -1, r.shape[1]) for r in paired_rows(bottom, top))
     with torch.autocast(a.device.type, enabled=False): return a.mT @ b / a.shape[1]
 
@@ -30,7 +30,7 @@ def is_over(alone: float, # share of the training in which a loss stands alone; 
 
 # %% ../../nbs/baselines/fsp.ipynb #2194211d
 class Flow(Term):
-    "Squared difference of the flow matrices, in a phase of its own (@eq-fsp) [@yim2017fsp]."
+    "Squared difference of the flow matrices, in a phase of its own (equation 2) (Yim et al., 2017)."
     def __init__(self,
                  # pairs (student's tap, teacher's tap), in the order of the flow
                  stages: tuple = (('relu', 'relu'), *STAGES),
@@ -60,7 +60,7 @@ def fsp(setup: Setup,                                # what it is built for
         alone: float = 30 / 240,
         fsp_weight: float = 1., # as the KD literature's common script has it in that phase
        ) -> list:                                    # of terms
-    "Flow of solution procedure [@yim2017fsp]; cross-entropy should start where `alone` ends."
+    "Flow of solution procedure (Yim et al., 2017); cross-entropy should start where `alone` ends."
     stages = (stem, *stages)
     widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
               for pair in map(tuple, stages)}

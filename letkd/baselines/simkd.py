@@ -98,7 +98,7 @@ def dropped(model: nn.Module,   # any network
 
 # %% ../../nbs/baselines/simkd.ipynb #37441700
 class ReusedClassifier(Term):
-    "The student's projected map imitates the teacher's (@eq-simkd) [@chen2022simkd]."
+    "The student's projected map imitates the teacher's (equation 1) (Chen et al., 2022)."
     def __init__(self,
                  student_tap: str,       # of the last stage; the projector is put there
                  teacher_tap: str,       # of the map that the teacher's classifier averages
@@ -122,7 +122,7 @@ def simkd(setup: Setup,             # what it is built for
           simkd_weight: float = 1., # factor in the total loss
          ) -> list:                 # of terms
     """The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the
-    paper [@chen2022simkd]."""
+    paper (Chen et al., 2022)."""
     images, taps = setup.first[0][:2], setup.penultimate
     (penultimate, *_), (t, c_t, grid_t) = map(setup.place, ('student', 'teacher'), taps)
     ours, theirs = (mean_classifier(model, tap, images, setup.output)

@@ -16,13 +16,13 @@ from ..taps import rows
 # %% ../../nbs/baselines/sp.ipynb #5550da49
 def similarity(x: Tensor    # map B x C x H x W, or tokens B x N x C
               ) -> Tensor:  # B x B, rows of length 1, in float32 at least
-    "How alike the images of a batch are (@eq-gram)."
+    "How alike the images of a batch are (equation 1)."
     f = precise(rows(x)).reshape(len(x), -1)
     with torch.autocast(f.device.type, enabled=False): return unit(f @ f.T)
 
 # %% ../../nbs/baselines/sp.ipynb #564fc1e7
 class SimilarityPreserving(Term):
-    "Squared difference of the similarities in a batch (@eq-sp) [@tung2019sp]."
+    "Squared difference of the similarities in a batch (equation 2) (Tung and Mori, 2019)."
     def __init__(self,
                  student_tap: str = 'layer3', # of the last feature map
                  teacher_tap: str = 'layer3', # the same in the teacher
@@ -39,6 +39,6 @@ def sp(setup: Setup,               # what it is built for
        last: tuple = ('', ''),
        sp_weight: float = 3000.,   # as the paper and the KD literature's common script
       ) -> list:                   # of terms
-    "Similarity preserving distillation [@tung2019sp]."
+    "Similarity preserving distillation (Tung and Mori, 2019)."
     taps = [own or penultimate for own, penultimate in zip(last, setup.penultimate, strict=True)]
     return [SimilarityPreserving(*taps, sp_weight)]

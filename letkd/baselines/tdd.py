@@ -25,7 +25,7 @@ from ..taps import rows, stream
 # %% ../../nbs/baselines/tdd.ipynb #36550a90
 def merge(means: np.ndarray # Y x C
          ) -> tuple: # ((Y-1) x 2 nodes that are joined, Y-1 heights), in the order of the mergers
-    "Ward's tree of the classes (@eq-ward), by scikit-learn."
+    "Ward's tree of the classes (equation 1), by scikit-learn."
     fitted = AgglomerativeClustering(n_clusters=None, distance_threshold=0.,
                                      linkage='ward').fit(means)
     return fitted.children_, fitted.distances_
@@ -43,7 +43,7 @@ def centres(means: np.ndarray,        # Y x C
             # the mean over a node's classes; False: halfway between the two nodes that are joined
             by_classes: bool = False,
            ) -> np.ndarray:           # (2Y-1) x C
-    "The centre of every node (@eq-centre), classes first."
+    "The centre of every node (equation 2), classes first."
     if by_classes: return np.stack([means[n].mean(0) for n in members(joined)])
     found = [*means]
     for a, b in joined: found.append((found[a] + found[b]) / 2)
@@ -56,7 +56,7 @@ def accuracies(rows: np.ndarray,   # N x C
                nodes: list,        # of lists of classes
                neighbours: int = 20, # k
               ) -> np.ndarray:     # one for each node
-    """The share of a node's classes around its centre (@eq-accuracy), by scikit-learn's nearest
+    """The share of a node's classes around its centre (equation 3), by scikit-learn's nearest
     neighbours."""
     known = KNeighborsClassifier(min(neighbours, len(rows))).fit(rows, labels)
     shares = known.predict_proba(centres)
@@ -133,8 +133,8 @@ def fit(self: DecisionTree, stream: Iterable):
 
 # %% ../../nbs/baselines/tdd.ipynb #fa358b74
 class TreeDecisions(Term):
-    """The student's stages decide between the coarse classes of the teacher's (@eq-tdd)
-    [@song2021tdd]."""
+    """The student's stages decide between the coarse classes of the teacher's (equation 4)
+    (Song et al., 2021)."""
     def __init__(self,
                  student_taps: tuple, # one for each stage
                  channels: tuple,     # of the student's maps there
@@ -164,7 +164,7 @@ def tdd(setup: Setup,                # what it is built for
         temperature: float = 4.,     # T of the softened logits
        ) -> list:                    # of terms
     """Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of
-    the authors' CIFAR-10 example [@song2021tdd]."""
+    the authors' CIFAR-10 example (Song et al., 2021)."""
     ours, theirs = split_pairs(stages)
     fit = lambda tap: setup.fit(DecisionTree(neighbours, threshold, by_classes),
                                 stream(setup.teacher, tap, setup.batches, (1, 1)))

@@ -38,13 +38,13 @@ class Predictor(nn.Module):
     def variance(self) -> Tensor: return F.softplus(precise(self.raw)) + self.eps # v, C_t
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor: # N x C_s and N x C_t; N x C_t
-        "Negative log-likelihood without its constant (@eq-gauss)."
+        "Negative log-likelihood without its constant (equation 2)."
         return ((precise(t) - precise(self.mean(s))).square() / self.variance
                 + self.variance.log()) / 2
 
 # %% ../../nbs/baselines/vid.ipynb #57ca3d1a
 class VariationalInformation(Term):
-    "How badly the student's maps predict the teacher's at several stages (@eq-vid) [@ahn2019vid]."
+    "How badly the student's maps predict the teacher's at several stages (equation 3) (Ahn et al., 2019)."
     def __init__(self,
                  stages: tuple,     # pairs (student's tap, teacher's tap)
                  predictors: list,  # a `Predictor` for each
@@ -64,7 +64,7 @@ def vid(setup: Setup,            # what it is built for
         # as the KD literature's common script, and with it the form and the start of the predictors
         vid_weight: float = 1.,
        ) -> list:                # of terms
-    "Variational information distillation [@ahn2019vid]."
+    "Variational information distillation (Ahn et al., 2019)."
     widths = [[setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
               for pair in stages]
     return [VariationalInformation(stages, [Predictor(*width) for width in widths], vid_weight)]

@@ -143,7 +143,7 @@ def _stats(images, device):
 def normalise(pixels,  # uint8, ... x 3 x H x W
               images,  # an `Images`: its mean and std are used
              ):  # float32, same shape; about zero mean and unit variance over the training split
-    "Bytes to normalised numbers (@eq-normalise)."
+    "Bytes to normalised numbers (equation 1)."
     mean, std = _stats(images, pixels.device)
     return pixels.float().sub_(mean).div_(std)
 
@@ -157,7 +157,7 @@ def denormalise(x,  # float, ... x 3 x H x W, as `normalise` returns it
 # %% ../../nbs/data/batches.ipynb #ce6864cc
 def statistics(pixels, # uint8, N x 3 x H x W
               ):  # (mean, std): a tuple of 3 numbers each, in units of full intensity
-    "Mean and standard deviation of each channel over all pixels of a split (@eq-stats)."
+    "Mean and standard deviation of each channel over all pixels of a split (equation 2)."
     h = torch.stack([sum(p[:, c].flatten().bincount(minlength=256) for p in pixels.split(5000))
                      for c in range(3)]).double()
     v = torch.arange(256).double() / 255
@@ -193,7 +193,7 @@ class Augment:
 
 # %% ../../nbs/data/batches.ipynb #4d35283d
 def _reflect(shift, n, flip=None):
-    "Indices 0 .. n-1 shifted by `shift` (B) and reflected at both ends (@eq-reflect): B x n."
+    "Indices 0 .. n-1 shifted by `shift` (B) and reflected at both ends (equation 3): B x n."
     i = torch.arange(n, device=shift.device)[None] + shift[:, None]
     i = (n - 1) - ((n - 1) - i.abs()).abs()
     return i if flip is None else torch.where(flip[:, None], i.flip(1), i)
@@ -224,7 +224,7 @@ def crop(pixels,  # B x C x H x W, any type
 def rotate(pixels,  # B x C x H x W, any type
            angle,  # float, B: degrees, positive against the clock
           ):  # B x C x H x W; zero where nothing of the image lies
-    "Every image turned about its centre by its own angle, nearest pixel (@eq-rotate)."
+    "Every image turned about its centre by its own angle, nearest pixel (equation 4)."
     b, c, h, w = pixels.shape
     cos, sin = (f(torch.deg2rad(angle.double()))[:, None, None] for f in (torch.cos, torch.sin))
     x, y = (torch.arange(n, device=angle.device) - (n - 1) / 2 for n in (w, h))

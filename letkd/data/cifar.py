@@ -120,7 +120,7 @@ def cifar100(split: str,            # 'train', 'valid' or 'test'
              held_out: int = 0,
              about: Cifar = CIFAR100, # what the archive is and holds
             ) -> Images:            # 32 x 32, 100 classes
-    "A split of CIFAR-100, downloaded when it is needed for the first time [@krizhevsky2009cifar]."
+    "A split of CIFAR-100, downloaded when it is needed for the first time (Krizhevsky, 2009)."
     return _read(about, split, size, root, held_out)
 
 # %% ../../nbs/data/cifar.ipynb #a46ff12b
@@ -130,5 +130,5 @@ def cifar10(split: str,            # 'train', 'valid' or 'test'
             held_out: int = 0,     # training images of each class that are 'valid', not 'train'
             about: Cifar = CIFAR10, # what the archive is and holds
            ) -> Images:            # 32 x 32, 10 classes
-    "A split of CIFAR-10, downloaded when it is needed for the first time [@krizhevsky2009cifar]."
+    "A split of CIFAR-10, downloaded when it is needed for the first time (Krizhevsky, 2009)."
     return _read(about, split, size, root, held_out)

@@ -28,7 +28,7 @@ def channels_last(model: nn.Module # any network; changed in place
 # %% ../../nbs/models/folding.ipynb #5a01e5f9
 @torch.no_grad()
 def _fold(conv: nn.Module, norm: nn.Module):
-    "Give the convolution the weights of @eq-fold-norm."
+    "Give the convolution the weights of equation 1."
     gain, bias = (norm.running_var.double() + norm.eps).rsqrt(), -norm.running_mean.double()
     if norm.affine: gain = gain * norm.weight.double()
     if conv.bias is not None: bias = bias + conv.bias.double()
@@ -96,7 +96,7 @@ def inference_form(model: nn.Module,         # any network, a teacher as a rule;
                    # where maps will be read; those between a convolution and its norm matter
                    taps: Iterable[str] = (),
                   ) -> nn.Module: # a copy in eval mode, without gradients, with the same paths
-    """The fastest form of a network that is not trained: normalisations (@eq-fold-norm) and KD
+    """The fastest form of a network that is not trained: normalisations (equation 1) and KD
     layers folded, channels last."""
     model, taps = folded(model), {tap.partition('@')[0] for tap in taps}
     if isinstance(model, torch.jit.ScriptModule):

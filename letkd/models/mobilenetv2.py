@@ -15,7 +15,7 @@ def _conv_bn(c_in, c_out, size=1, stride=1, groups=1):
             nn.BatchNorm2d(c_out)]
 
 class InvertedResidual(nn.Module):
-    "Expand, filter each channel, project; add what came in where the shapes agree (@eq-inverted)."
+    "Expand, filter each channel, project; add what came in where the shapes agree (equation 1)."
     def __init__(self,
         c_in: int,         # channels that come in
         c_out: int,        # channels that go out
@@ -38,7 +38,7 @@ _stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 
 class MobileNetV2(nn.Module):
     """Stem, seven stages of inverted residuals, 1x1 head, global average, linear classifier
-    [@sandler2018mobilenetv2]."""
+    (Sandler et al., 2018)."""
     def __init__(self,
         width: float,    # factor on all channels but the head's
         num_classes: int # logits

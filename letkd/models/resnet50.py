@@ -18,7 +18,7 @@ def _shortcut(c_in, c_out, stride):
     return nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
 class ShortcutBottleneck(nn.Module):
-    "A 3x3 convolution between two of 1x1, and a shortcut (@eq-bottleneck)."
+    "A 3x3 convolution between two of 1x1, and a shortcut (equation 1)."
     def __init__(self,
         c_in: int,       # channels that come in
         width: int,      # channels inside; the output has 4 x width
@@ -42,7 +42,7 @@ class ResNet50(nn.Module):
     "3x3 stem, four stages of bottlenecks, global average, linear classifier."
     def __init__(self,
         num_classes: int,              # logits
-        blocks: tuple = (3, 4, 6, 3),  # of each stage [@he2016resnet, table 1]
+        blocks: tuple = (3, 4, 6, 3),  # of each stage (He et al., 2016, table 1)
         width: int = 64 # channels of the stem and inside the blocks of the first stage
     ):
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/models/shufflenet.ipynb #906f30ae
 class Shuffle(nn.Module):
-    "Reorder channels so that neighbours come from different groups (@eq-shuffle)."
+    "Reorder channels so that neighbours come from different groups (equation 1)."
     def __init__(self, groups: int): # g
         super().__init__()
         self.groups = groups
@@ -30,7 +30,7 @@ def _conv_bn(c_in, c_out, size=1, stride=1, groups=1):
 # %% ../../nbs/models/shufflenet.ipynb #34b80411
 class ShuffleUnit(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input or set beside it
-    (@eq-unit)."""
+    (equation 2)."""
     def __init__(self,
         c_in: int,        # channels that come in
         c_out: int,       # channels that go out
@@ -58,7 +58,7 @@ class ShuffleUnit(nn.Module):
 # %% ../../nbs/models/shufflenet.ipynb #c5dd8074
 class ShuffleNetV1(nn.Module):
     """1x1 stem, three stages of shuffle units, global average, linear classifier
-    [@zhang2018shufflenet]."""
+    (Zhang et al., 2018)."""
     def __init__(self,
         num_classes: int,                # logits
         widths: tuple = (240, 480, 960), # channels of the stages
@@ -95,7 +95,7 @@ class HalfReLU(nn.Module):
 # %% ../../nbs/models/shufflenet.ipynb #c9338b94
 class SplitUnit(nn.Module):
     """Half of the channels pass, half go through 1x1, depthwise 3x3, 1x1; then a shuffle
-    (@eq-split, left)."""
+    (equation 3, left)."""
     def __init__(self,
         channels: int,     # that come in, and go out; even
         # a stage: all of its values can be tapped before the last ReLU, at `relu3:input`
@@ -117,7 +117,7 @@ class SplitUnit(nn.Module):
 
 # %% ../../nbs/models/shufflenet.ipynb #825a8bbe
 class DownUnit(nn.Module):
-    "Two branches of stride 2 over all channels, side by side; then a shuffle (@eq-split, right)."
+    "Two branches of stride 2 over all channels, side by side; then a shuffle (equation 3, right)."
     def __init__(self,
         c_in: int, # channels that come in
         c_out: int # channels that go out, half from each branch
@@ -139,7 +139,7 @@ class DownUnit(nn.Module):
 # %% ../../nbs/models/shufflenet.ipynb #0394e840
 class ShuffleNetV2(nn.Module):
     """1x1 stem, three stages of split units, 1x1 head, global average, linear classifier
-    [@ma2018shufflenetv2]."""
+    (Ma et al., 2018)."""
     def __init__(self,
         num_classes: int,                # logits
         widths: tuple = (116, 232, 464), # channels of the stages

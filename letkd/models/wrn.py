@@ -16,7 +16,7 @@ def _conv(c_in, c_out, size, stride=1):
     return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
 
 class PreactBlock(nn.Module):
-    "Two 3x3 convolutions behind their batch norms and ReLUs, and a shortcut (@eq-preact)."
+    "Two 3x3 convolutions behind their batch norms and ReLUs, and a shortcut (equation 1)."
     def __init__(self,
         c_in: int,       # channels that come in
         c_out: int,      # channels that go out
@@ -48,7 +48,7 @@ def _start(model):
 # %% ../../nbs/models/wrn.ipynb #b8b5938e
 class WideResNet(nn.Module):
     """Stem, three stages of pre-activation blocks, batch norm, ReLU, global average, linear
-    classifier [@zagoruyko2016wrn]."""
+    classifier (Zagoruyko and Komodakis, 2016)."""
     def __init__(self,
         n: int,          # blocks in each stage
         width: int,      # factor on the 16, 32 and 64 channels of the stages; the stem has 16

@@ -42,7 +42,7 @@ def _labels(assignment, truth) -> tuple: # two vectors of equal length
 def purity(assignment, # integers of any shape: the cluster of every cell
            truth,      # integers, as many: its true part
           ) -> float:  # 0 to 1
-    "Share of the cells whose part is the most frequent one of their cluster (@eq-purity)."
+    "Share of the cells whose part is the most frequent one of their cluster (equation 1)."
     a, t = _labels(assignment, truth)
     return float(contingency_matrix(t, a).max(0).sum() / len(a))
 

@@ -45,7 +45,7 @@ def shared_mass(transition: Tensor, # M
                 classes,            # names of the classes, two digits each
                ) -> dict:           # off_class, shared, chance: shares, 0 to 1
     """How much of M leaves the class, and which share of that goes to classes with a common digit
-    (@eq-shared)."""
+    (equation 1)."""
     m, related = between_classes(transition.double(),
                                  len(classes)), share_a_digit(classes).to(transition.device)
     own, other = m.diagonal().sum().item(), m.sum().item()
@@ -127,7 +127,7 @@ def _patches(ax, images: Images, cells: Tensor, grid: tuple, label: str):
     _strip(ax, len(cells), label)
 
 def _in_words(transition: Tensor, classes
-             ) -> str: # what @eq-shared found, for classes that are pairs of digits
+             ) -> str: # what equation 1 found, for classes that are pairs of digits
     if any(len(c) != 2 or not c.isdigit() for c in classes): return ''
     m = shared_mass(transition, classes)
     return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes "

@@ -55,7 +55,7 @@ def lda_probe(model: nn.Module, # any network
               known: Iterable,  # batches of the training images, not augmented
               unseen: Iterable, # batches of new ones
              ) -> dict:         # {tap: top-1 in percent}
-    "How well LDA tells the classes of new images by the pooled map (@eq-probe), by scikit-learn."
+    "How well LDA tells the classes of new images by the pooled map (equation 1), by scikit-learn."
     (x, y), (new, truth) = (pooled(model, taps, batches) for batches in (known, unseen))
     with one_thread():
         return {tap: 100 * float(LinearDiscriminantAnalysis().fit(x[tap], y).score(new[tap], truth))
@@ -108,7 +108,7 @@ def _adds(module: nn.Module, x: Tensor, out: Tensor) -> int: # of one call, on a
 def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
                   images: Tensor,   # B x 3 x H x W
                  ) -> dict:         # {module path: multiply-adds for one image}
-    "What a forward pass computes, in the layers that make up its cost (@eq-adds)."
+    "What a forward pass computes, in the layers that make up its cost (equation 2)."
     found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer)
     note = (lambda path: lambda module, args,
             out: found.update({path: found.get(path, 0)

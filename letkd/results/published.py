@@ -26,7 +26,7 @@ def published(dataset: str = '', # such as 'cifar100'; all where empty
               # of the ablations: 'clusters', 'layers', 'capacity', 'probe'; empty: the main tables
               study: str = '',
              ) -> pd.DataFrame:  # one row for each number, see above
-    "What the papers report [@gorgun2023letkd]."
+    "What the papers report (Görgün et al., 2023)."
     frame = pd.read_csv(Path(letkd.__file__).parent/'results'/'published.csv',
                         keep_default_na=False, na_values=dict(sd=['']))
     frame = frame[frame.study == study]
