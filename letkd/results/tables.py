@@ -199,7 +199,10 @@ def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row o
                   **_measured(list(runs.values())))
              for method, options, runs in rows]
     alone = next((r['top1_last'] for r in table if r['method'] == 'student'), float('nan'))
+    taught = [r['teacher_top1'] for *_, runs in rows for r in runs.values() if r.get('teacher_top1')]
     for row in table:
+        if row['method'] == 'teacher' and not row['n'] and taught:  # from a file, or elsewhere
+            row |= dict(n=1, top1_last=taught[0], top1_values=taught[:1])
         if row['method'] not in ('teacher', 'student'): row['gain'] = row['top1_last'] - alone
     return table
 
