@@ -346,6 +346,7 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
     "Draw what the demo's networks found."
     from letkd.results import analysis
     from letkd.data.batches import Batches
+    from letkd.data.files import make_folder
     from letkd.runs.running import load_run
     known, unseen = (e.load(split).subset(slice(3000)) for split in ('train', e.eval_split))
     distiller, folder = load_run(e, out, device), Path(out)/'figures'
@@ -354,7 +355,7 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
                  assignments=_templates(distiller, known, unseen, on_device),
                  transitions=_subclasses(distiller, known, on_device),
                  curves=(analysis.learning_curves(records), 'top-1 against epochs'))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, (figure, _) in about.items(): figure.savefig(folder/f'{name}.png', dpi=120)
     return [f'{folder/name}.png: {text}' for name, (_, text) in about.items()]
 

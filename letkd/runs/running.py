@@ -257,7 +257,7 @@ class Renormalise(nn.Module):
         return x * self.gain + self.shift # B x 3 x H x W, both
 
 # %% ../../nbs/runs/running.ipynb #f4042ef7
-def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> float: # percent
+def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
     "How good a teacher from a file is; a run that is done says it in its record."
     if done := agreed(lambda: _finished(Path(out)/e.folder)): return done.get('teacher_top1')
     top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500,
@@ -293,7 +293,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, 
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
         insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
     return teacher, dict(teacher_hash=weights_hash(teacher),
-                         teacher_top1=_top1_of(e, teacher, images.to(device), out, quiet))
+                         teacher_top1=_top1_of(e, teacher, images.to(device), out))
 
 # %% ../../nbs/runs/running.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
