@@ -468,7 +468,8 @@ def _run_arguments(commands):
 
 # %% ../nbs/cli.ipynb #9f50e7ab
 _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, '
-            '/subclasses, /naive, /probe, /cost')
+            '/subclasses, /naive, /probe, /cost, claims/main, /wide, /methods, /embedding, '
+            '/subclasses, /kernels, /hints, /prototypes, /long')
 
 def _elsewhere(parser):
     parser.add_argument('--dataset', default='', help="of a study: on this data set (default: the "
