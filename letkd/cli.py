@@ -301,7 +301,8 @@ PAIR = 'digit_pairs/resnet14-resnet8x0.5'
 METHODS = ('student', 'kd', 'quest', 'letkd1', 'letkd2')
 LONG = dict(epochs=30, teacher_epochs=30)
 
-def demo_experiments(seeds: int = 1, long: bool = False
+def demo_experiments(seeds: int = 1,     # runs of each method
+                     long: bool = False, # the longer schedule
                     ) -> list: # of `Experiment`s, in the order in which they run
     "What the demo runs; each distils from the one teacher."
     from letkd.runs.experiments import Experiment
@@ -562,8 +563,7 @@ def _import(parser, dest: str, default):
                         'may be repeated')
 
 # %% ../nbs/cli.ipynb #ababdff3
-def parser() -> argparse.ArgumentParser:
-    # with a subparser for each command, whose `call` is the function above
+def parser() -> argparse.ArgumentParser: # with one for each command; `call` is its function
     "The arguments of `letkd`."
     p = argparse.ArgumentParser('letkd', description='Knowledge distillation layers that let the '
                                 'student decide.')
@@ -602,8 +602,8 @@ def _equal_bits():
     torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/cli.ipynb #e5c07cb6
-def main(args: Optional[list] = None
-        ) -> int: # of strings; None: those of the process. Returns the exit code
+def main(args: Optional[list] = None # of strings; None: those of the process
+        ) -> int: # the exit code
     "The command `letkd`."
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the signs of a table, such as ±
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')

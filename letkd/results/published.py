@@ -267,10 +267,9 @@ def beside_study(name: str,         # 'ablation/layers' and the like
     "An ablation's rows with published and our figures."
     (about, short), ours = _study(name), {}
     for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
-    theirs = pd.concat([published('cifar100', s)
-                        for s in ('', *ABLATIONS, *({short} & set(ABLATIONS)))]).drop_duplicates(['pair', 'method',
-                                                                            'options', 'metric'],
-                                                                           keep='last')
+    own, columns = [short] if short in ABLATIONS else [], ['pair', 'method', 'options', 'metric']
+    theirs = pd.concat([published('cifar100', s) for s in ('', *ABLATIONS, *own)])
+    theirs = theirs.drop_duplicates(columns, keep='last')
     rows = [dict(pair=where, method=method, options=options, metric=metric,
                  **_measured(ours.get(row_of(e), []), metric),
                  key=_words(there.changed), fair=(dataset or 'cifar100', pair or where, e.changed)
