@@ -560,7 +560,7 @@ class SupervisedLayer(Term):
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.grid, self.supervision = grid, supervision
 
-    def targets(self, maps: Maps, batch: Batch) -> dict:
+    def targets(self, maps: Maps, batch: Batch) -> dict: # {student tap: target}
         t = rows(maps.teacher[self.teacher_tap], self.grid)
         labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
         return {self.student_tap: self.supervision.target(t, labels)}
