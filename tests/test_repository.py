@@ -336,7 +336,7 @@ def test_the_package_shows_what_matters():
     for name in letkd.__all__: assert getattr(letkd, name) is not None
     exported = {m.split('.')[1] for m in exporters()}
     assert exported == set(letkd._modules), 'letkd._modules lists the modules of the library'
-    for package in (letkd.models, letkd.data, letkd.baselines):
+    for package in (letkd.models, letkd.data, letkd.baselines, letkd.checks):
         inside = {m.removeprefix(f'{package.__name__}.') for m in exporters() if m.startswith(f'{package.__name__}.')}
         assert inside == set(package._modules) <= set(dir(package)), f'{package.__name__}._modules lists its modules'
         with pytest.raises(AttributeError, match='no_such_name'): package.no_such_name
