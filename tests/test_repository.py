@@ -156,7 +156,7 @@ def exporters():
     return found
 
 
-STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n) and n != '09_checks.ipynb'] 
+STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n)]
 
 
 def test_the_story_is_numbered_without_gaps():
@@ -423,7 +423,8 @@ def test_the_package_shows_what_matters():
     for name in letkd.__all__: assert getattr(letkd, name) is not None
     exported = {m.split('.')[1] for m in exporters()}
     assert exported == set(letkd._modules), 'letkd._modules lists the modules of the library'
-    for package in (letkd.models, letkd.data, letkd.baselines, letkd.runs, letkd.results):
+    for package in (letkd.models, letkd.data, letkd.baselines, letkd.runs, letkd.results,
+                    letkd.checks):
         inside = {m.removeprefix(f'{package.__name__}.') for m in exporters()
                   if m.startswith(f'{package.__name__}.')}
         assert inside == set(package._modules) <= set(dir(package)), f'{package.__name__}._modules lists its modules'
