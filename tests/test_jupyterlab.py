@@ -5,6 +5,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,9 +28,12 @@ RUN_ALL = '''(async () => {
   const told = c => c.model.toJSON().outputs.filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue);
   const cells = panel.content.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim());
   return {cells: cells.length, run: cells.filter(c => c.model.executionCount).length, errors: cells.flatMap(told),
-          formulas: document.querySelectorAll('mjx-container').length,
+          figures: cells.flatMap(c => c.model.toJSON().outputs).filter(o => o.data && o.data['image/png']).length,
           bad: [...document.querySelectorAll('mjx-merror')].map(e => e.textContent)};
 })()'''
+
+
+def is_slow(cell): return bool(re.match(r'#\|\s*(slow|eval:\s*false)', ''.join(cell['source'])))
 
 
 def free_port():
@@ -76,12 +80,15 @@ def lab(tmp_path_factory, files):
     for name in CHAPTERS:
         notebook = json.loads((tree/'nbs'/name).read_text(encoding='utf-8'))
         for cell in notebook['cells']:
-            if ''.join(cell['source']).startswith(('#| slow', '#| eval: false')): cell['source'] = []
+            if is_slow(cell): cell['source'] = []
         (tree/'nbs'/name).write_text(json.dumps(notebook), encoding='utf-8')
-    env = os.environ | {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')} | {
+    news = home/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings'
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')} | {
         'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'), 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'PYTHONPATH': str(tree)}
     lab = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--ServerApp.port={port}', f'--ServerApp.root_dir={tree/"nbs"}',
-           '--IdentityProvider.token=', '--ServerApp.disable_check_xsrf=True', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None']
+           '--IdentityProvider.token=', '--ServerApp.disable_check_xsrf=True', '--LabApp.expose_app_in_browser=True']
     browser = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--remote-debugging-port=0', '--window-size=1280,1600',
                f'--user-data-dir={home/"chromium"}', 'about:blank']
     with (home/'log').open('w') as log:
@@ -105,4 +112,7 @@ def test_run_all(lab, name, tmp_path):
     done = lab.js(RUN_ALL.replace('NAME', json.dumps(name)))
     (tmp_path/'page.png').write_bytes(base64.b64decode(lab('Page.captureScreenshot')['data']))
     assert not done['errors'] and done['run'] == done['cells'] > 0, done
+    stored = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']
+    figures = sum('image/png' in o.get('data', ()) for c in stored if c['cell_type'] == 'code' and not is_slow(c) for o in c['outputs'])
+    assert done['figures'] == figures, f"{done['figures']} figures; {figures} are stored"
     assert not done['bad'], f"formulas that are not read: {done['bad']}"
