@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -23,12 +24,21 @@ NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
 def site(tmp_path_factory, files):
     "notebook -> its cells as Quarto gets them"
     tree = copy_project(files, tmp_path_factory.mktemp('site'))
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PYTHONPATH': str(tree/'tests')}
-    done = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'], cwd=tree, env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    quarto = tree/'bin'/'quarto'  # in the place of Quarto, which would make pages of them
+    quarto.parent.mkdir()
+    quarto.write_text('#!/bin/sh\nmkdir -p _docs\n')
+    quarto.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    env['PATH'] = f"{quarto.parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run([sys.executable, 'tests/pages.py'], cwd=tree, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-3000:]
-    return {p.relative_to(tree/'_proc').as_posix(): json.loads(p.read_text(encoding='utf-8'))['cells']
-            for p in (tree/'_proc').rglob('*.ipynb')}
+    assert (tree/'_docs').is_dir(), done.stdout[-3000:]
+    same = (tree/'README.md').read_bytes() == (ROOT/'README.md').read_bytes()
+    assert same, 'nbdev has written README.md, which is of tests/readme.py'
+    load = lambda path: json.loads(path.read_text(encoding='utf-8'))['cells']
+    out = tree/'_proc'
+    return {p.relative_to(out).as_posix(): load(p) for p in out.rglob('*.ipynb')}
 
 
 def sources(cells, kind): return [readme.text(c['source']) for c in cells if c['cell_type'] == kind]
@@ -42,8 +52,8 @@ def exported(name):
     for cell in json.loads((NBS/name).read_text(encoding='utf-8'))['cells']:
         source = readme.text(cell['source'])
         if cell['cell_type'] == 'code' and re.search(r'^#\|\s*exports?\s*$', source, re.M):
-            yield source, [n for n in ast.parse(source).body
-                           if isinstance(n, (*pages.FUNCTIONS, ast.ClassDef)) and pages.is_public(n) and pages.says(n, source)]
+            yield source, [n for n in pages.defined(ast.parse(source).body)
+                           if pages.is_public(n) and pages.says(n, source)]
 
 
 # The documentation of a name
@@ -96,8 +106,10 @@ class Batch:
 """
     found = pages.documentation(ast.parse(fields).body[0], fields)
     assert '```python\nBatch(images: Tensor, labels: Optional[Tensor] = None)\n```' in found
-    assert '| `images` | `Tensor` |  | B x 3 x H x W |\n| `labels` | `Optional[Tensor]` | `None` | B, or B x Y |' in found
-    own = 'class Layer(nn.Module):\n    def __init__(self, channels: int): ...  # C\n    def forward(self, x): return x'
+    assert '| `images` | `Tensor` |  | B x 3 x H x W |\n' in found
+    assert '| `labels` | `Optional[Tensor]` | `None` | B, or B x Y |' in found
+    assert '_cache' not in found
+    own = 'class Layer(nn.Module):\n    def __init__(self, channels: int): ...  # C\n    x = 1'
     assert '\nLayer(channels: int)\n' in pages.documentation(ast.parse(own).body[0], own)
     bare = 'class Stopped(Exception):\n    "By a signal."'
     assert '\nclass Stopped(Exception)\n' in pages.documentation(ast.parse(bare).body[0], bare)
@@ -127,7 +139,7 @@ def test_signatures_are_calls_and_comments_are_tables(site, name):
     for source, nodes in exported(name):
         for node in nodes:
             rows, back = pages.said(node, source)
-            told = [row[3] for row in [*rows, back or [''] * 4]]
+            told = [row[3] for row in [*rows, back] if row]
             lost = [c for c in signature_comments(node, source) if not any(c in t for t in told)]
             assert not lost, f'{node.name}: the page loses {lost}'
             for t in told: assert pages.plain(t) in unlinked(text), t
@@ -136,10 +148,10 @@ def test_signatures_are_calls_and_comments_are_tables(site, name):
 def signature_comments(node, source):
     "What stands behind # between a definition and its body."
     comment, _ = pages.comments(source)
-    init = next((n for n in ast.walk(node) if getattr(n, 'name', '') == '__init__'), node)
-    if fields := list(pages.fields(node)) if isinstance(init, ast.ClassDef) else []: first, last = fields[0][3], fields[-1][4]
-    elif isinstance(init, ast.ClassDef): return []
-    else: first, last = init.lineno, init.body[0].lineno - 1
+    call = pages.caller(node)
+    if call is None: return []
+    if isinstance(call, ast.ClassDef): first, last = call.lineno, pages.fields(call)[-1][4]
+    else: first, last = call.lineno, call.body[0].lineno - 1
     return [comment[i] for i in range(first, last + 1) if i in comment]
 
 
@@ -150,8 +162,8 @@ def unlinked(text): return re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', text)
 def test_tables_are_whole(site, name):
     "A row has as many cells as its head; a bar inside backticks ends none."
     for table in re.findall(r'^(?:\|.*\|\n?)+', page(site[name]), re.M):
-        cells = [len(re.split(r'(?<!\\)\|', re.sub(r'`[^`]*`', '', row))) for row in table.splitlines()]
-        assert len(set(cells)) == 1, table
+        rows = re.sub(r'`[^`\n]*`', '', table).splitlines()
+        assert len({len(re.split(r'(?<!\\)\|', row)) for row in rows}) == 1, table
 
 
 # Folds
@@ -160,51 +172,66 @@ def test_tables_are_whole(site, name):
 def test_imports_and_refusals_are_folded(site, name):
     for source in sources(site[name], 'code'):
         try: body = ast.parse(source).body
-        except SyntaxError: continue
+        except SyntaxError: continue  # magics
         imports = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
-        assert '#| code-fold: ' in source or not imports and 'Exported' not in source, source
-        if body and all(ast.unparse(n).startswith('test_fail(') for n in body): assert '#| code-fold: true\n' in source, source
+        refusals = all(ast.unparse(n).startswith('test_fail(') for n in body)
+        if body and (imports or refusals): assert '#| code-fold: true\n' in source, source
 
 
 def test_what_is_folded():
-    cell = lambda source, kind='code', **marks: pages.mk_cell(source, kind) | dict(directives_=marks)
-    fold = lambda source, before='markdown', **marks: pages.summary(pages.AttrDict(cell(source, **marks)), pages.AttrDict(cell('', before)))
+    def fold(source, before='markdown', **marks):
+        cells = pages.mk_cell(source), pages.mk_cell('', before)
+        cells[0].directives_ = marks
+        return pages.summary(*cells)
     assert fold('import os\nfrom x import y') == ('Imports', True)
-    assert fold('for bad in 1, 2:\n    test_fail(lambda: f(bad), contains="found")') == ('What is refused', True)
+    refused = 'for bad in 1, 2:\n    test_fail(lambda: f(bad), contains="found")'
+    assert fold(refused) == ('What is refused', True)
     assert fold('test_eq(f(1), 2)\ntest_fail(lambda: f(0))') is None
-    assert fold('def _f(x): return x', 'markdown', exports=[]) == ('Source', False), 'prose introduces it'
-    assert fold('def _f(x): return x', 'code', exports=[]) == ('Helper: _f', True)
-    assert fold('def f(x): return x', 'code', exports=[]) == ('Source', False)
+    private, public = 'def _f(x): return x', 'def f(x): return x'
+    assert fold(private, 'markdown', exports=[]) == ('Source', False), 'prose introduces it'
+    assert fold(private, 'code', exports=[]) == ('Helper: _f', True)
+    assert fold(public, 'code', exports=[]) == ('Source', False)
     assert fold('#| code-fold: false\nimport os') is None, 'the notebook has said so'
 
 
 # Links
 
-def test_names_that_mean_something_else_are_no_links(site):
-    found = {(name, m) for name in NOTEBOOKS for m in re.findall(r'\[`([^`]+)`\]\(', page(site[name]))}
-    for name, word in (('taps.ipynb', 'classifier'), ('07_distiller.ipynb', 'targets'), ('07_distiller.ipynb', 'kd_layer'),
-                       ('models/folding.ipynb', 'channels_last')): assert (name, word) not in found
-    assert ('04_layer.ipynb', 'KDLayer') in found
+OTHERWISE = [('taps.ipynb', 'classifier'), ('07_distiller.ipynb', 'targets'),
+             ('07_distiller.ipynb', 'kd_layer'), ('models/folding.ipynb', 'channels_last')]
+
+
+@pytest.mark.parametrize('name, word', OTHERWISE)
+def test_names_that_mean_something_else_are_no_links(site, name, word):
+    assert f'[`{word}`](' not in page(site[name])
+
+
+def test_names_in_backticks_are_links(site):
+    assert '[`KDLayer`](layer.html#kdlayer)' in page(site['04_layer.ipynb'])
+    assert '[`Setup`](../distiller.html#setup)' in page(site['baselines/sp.ipynb'])
+    nested = re.compile(r'\[\[[^\]]*\]\([^)]*\)\]\(')
+    assert not [n for n in NOTEBOOKS if nested.search(page(site[n]))]
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_links_to_names_lead_to_their_documentation(site, name):
-    homes = {Path(n).with_name(re.sub(r'^\d+_', '', Path(n).name)).with_suffix('.html').as_posix(): n for n in NOTEBOOKS}
+    home = {re.sub(r'(^|/)\d+_', r'\1', n).replace('.ipynb', '.html'): n for n in NOTEBOOKS}
     for word, to in re.findall(r'\[`([^`]+)`\]\(([^)\s]+\.html#[^)\s]+)\)', page(site[name])):
         path, _, anchor = to.partition('#')
-        home = homes[os.path.normpath((Path(name).parent/path).as_posix())]
-        assert re.search(rf'^#+ {re.escape(anchor)}$', page(site[home]), re.M | re.I), f'{word} leads to {to}'
+        text = page(site[home[posixpath.normpath(f'{Path(name).parent.as_posix()}/{path}')]])
+        assert re.search(rf'^#+ {re.escape(anchor)}$', text, re.M | re.I), f'{word} leads to {to}'
 
 
 # The site's own files
 
 def test_files_of_the_site():
     config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
-    assert config['format']['html']['respect-user-color-scheme'] is True
-    for path in (config['website']['favicon'], config['website']['image'], '404.qmd', config['format']['html']['css']):
-        assert (NBS/path).stat().st_size < 60_000, path
+    html, site = config['format']['html'], config['website']
+    assert html['respect-user-color-scheme'] is True
+    for name in (site['favicon'], site['image'], '404.qmd', html['css']):
+        assert (NBS/name).stat().st_size < 60_000, name
 
 
 def test_titles_differ(site):
-    titles = {name: yaml.safe_load(re.sub('^---|---$', '', readme.text(cells[0]['source']).strip()))['title'] for name, cells in site.items()}
-    assert len(set(titles.values())) == len(titles), sorted(titles.values())
+    head = {n: readme.text(cells[0]['source']).strip().strip('-') for n, cells in site.items()}
+    titles = sorted(yaml.safe_load(text)['title'] for text in head.values())
+    assert len(set(titles)) == len(titles), titles
