@@ -179,12 +179,13 @@ def paragraphs(text):
     return '\n\n'.join(plain(' '.join(p.split())) for p in re.split(r'\n\s*\n', text))
 
 
-def documentation(node, source, address=''):
-    "The Markdown of a definition: heading, link to its source, call, docstring, table."
+def documentation(node, source, address='', above=3):
+    """The Markdown of a definition: heading, link to its source, call, docstring, table. `above` is
+    the level of the heading before it; a method stands below its class."""
     name = patch_name(node)
     link = f'[source]({address}){{.source-link target="_blank"}}' if address else ''
-    level = '####' if '.' in name else '###'
-    blocks = [f'{level} {name}', link, f'```python\n{signature(node)}\n```',
+    level = min(4, above + 1) if '.' in name else 3
+    blocks = [f"{'#' * level} {name}", link, f'```python\n{signature(node)}\n```',
               paragraphs(ast.get_docstring(node) or ''), table(node, source)]
     return '\n\n'.join(filter(None, blocks))
 
@@ -219,7 +220,7 @@ class document(Processor):
         modules = [c.directives_['default_exp'][0] for c in self.nb.cells
                    if 'default_exp' in c.get('directives_', ())]
         if not modules: return
-        cfg, cells = get_config(), []
+        cfg, cells, above = get_config(), [], 1
         path = f"{cfg.lib_path.name}/{modules[0].replace('.', '/')}.py"
         for cell in self.nb.cells:
             if is_code(cell) and is_exported(cell) and 'hide' not in cell.directives_:
@@ -227,8 +228,12 @@ class document(Processor):
                     if not is_public(node) or not says(node, cell.source): continue
                     line = lines_of(path)[patch_name(node)]
                     address = f'{cfg.git_url}/blob/{cfg.branch}/{path}#L{line}'
-                    cells.append(mk_cell(documentation(node, cell.source, address), 'markdown'))
-                    cells[-1].directives_ = {}
+                    doc = documentation(node, cell.source, address, above)
+                    cells.append(mk_cell(doc, 'markdown'))
+                    cells[-1].directives_, above = {}, doc.index(' ')
+            if cell.cell_type == 'markdown':
+                prose = re.sub(r'^```[\s\S]*?^```', '', cell.source, flags=re.M)
+                above = ([len(h) for h in re.findall('^#+(?= )', prose, re.M)] or [above])[-1]
             cells.append(cell)
         self.nb.cells = cells
 

@@ -112,7 +112,8 @@ def lab(tmp_path_factory, files):
             seen = home/'chromium'/'DevToolsActivePort'
             wait_for('Chromium', lambda: seen.exists() and seen.read_text().strip())
             tab = Tab(seen.read_text().split()[0])
-            tab('Page.enable'), tab('Page.navigate', url=f'http://127.0.0.1:{port}/lab?token={token}')
+            tab('Page.enable')
+            tab('Page.navigate', url=f'http://127.0.0.1:{port}/lab?token={token}')
             wait_for("JupyterLab's page", lambda: tab.js('!!window.jupyterapp'))
             yield tab
             tab.socket.close()

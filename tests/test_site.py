@@ -166,6 +166,14 @@ def test_tables_are_whole(site, name):
         assert len({len(re.split(r'(?<!\\)\|', row)) for row in rows}) == 1, table
 
 
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_headings_go_down_by_one(site, name):
+    "The title is the only one of the first level; a screen reader finds every level."
+    text = re.sub(r'^```[\s\S]*?^```', '', page(site[name]), flags=re.M)
+    levels = [1, *(len(h) for h in re.findall('^#+(?= )', text, re.M))]
+    assert 1 not in levels[1:] and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
+
+
 # Folds
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -227,8 +235,27 @@ def test_files_of_the_site():
     config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     html, site = config['format']['html'], config['website']
     assert html['respect-user-color-scheme'] is True
+    assert int(html['grid']['body-width'].removesuffix('px')) >= 960, 'room for 100 columns of code'
     for name in (site['favicon'], site['image'], '404.qmd', html['css']):
         assert (NBS/name).stat().st_size < 60_000, name
+
+
+def brightness(colour):
+    "Relative luminance, as WCAG 2 defines it."
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((.2126, .7152, .0722), parts))
+
+
+@pytest.mark.parametrize('theme, ground', [('light', '#ffffff'), ('dark', '#222222')])
+def test_links_can_be_read(theme, ground):
+    "4.5:1 on the background of the theme, cosmo or darkly."
+    css = (NBS/'styles.css').read_text(encoding='utf-8')
+    colours = re.findall(r'--\w+: (#\w{6})', re.search(rf'body\.quarto-{theme} *{{(.*?)}}', css)[1])
+    assert len(colours) == 2
+    for colour in colours:
+        low, high = sorted([brightness(colour), brightness(ground)])
+        assert (high + .05) / (low + .05) >= 4.5, colour
 
 
 def test_titles_differ(site):
