@@ -38,10 +38,14 @@ def project_files():
 def files(): return project_files()
 
 
+def copy_project(files, to):
+    for path in files:
+        (to/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/path, to/path)
+    return to
+
+
 @pytest.fixture
 def tree(tmp_path, files):
     "A copy of the project that a test may change."
-    for path in files:
-        (tmp_path/path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/path, tmp_path/path)
-    return tmp_path
+    return copy_project(files, tmp_path)

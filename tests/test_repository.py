@@ -121,14 +121,6 @@ def test_only_doors_are_written_by_hand(files):
     assert not by_hand, f'a module needs a notebook: {by_hand}'
 
 
-def test_the_site_can_be_built(tree):
-    """All that comes before Quarto: nbdev runs the exported cells and the imports of each notebook,
-    and writes their documentation."""
-    nbdev('nbdev.serve.proc_nbs', tree)
-    processed = {p.relative_to(tree/'_proc').as_posix() for p in (tree/'_proc').rglob('*.ipynb')}
-    assert processed == set(NOTEBOOKS)
-
-
 def sidebar():
     def walk(items):
         for item in items:
@@ -204,6 +196,19 @@ def test_title_and_one_line_summary(name):
     assert re.match(r'# \S', lines[0]) and re.match(r'> \S', lines[1]), f'{name}: a title, then a quote of one line'
     assert len([line for line in lines
                 if line.startswith('>')]) == 1, f'{name}: the summary is one line'
+
+
+GUIDES = [n for n in NOTEBOOKS if n.startswith('guides/')]
+
+
+@pytest.mark.parametrize('name', GUIDES)
+def test_guides_open_in_colab(name):
+    "A link under the title, and a hidden cell that installs the library there."
+    _, badge, install = load(name)['cells'][:3]
+    address = f'https://colab.research.google.com/github/letkd/letkd/blob/main/nbs/{name}'
+    assert readme.text(badge['source']) == f'[Open in Colab]({address})', f'{name}: its second cell is the link to Colab'
+    source = readme.text(install['source'])
+    assert readme.is_hidden(install) and "if 'google.colab' in sys.modules:" in source and 'github.com/letkd/letkd' in source
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -318,7 +323,7 @@ def test_links_of_notebooks(name):
     assert not dead, f'{name} links to {dead}'
 
 
-@pytest.mark.parametrize('name', ['README.md', 'CHANGELOG.md'])
+@pytest.mark.parametrize('name', ['README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'])
 def test_links_of_pages(name):
     dead = list(dead_links((ROOT/name).read_text(encoding='utf-8'), ROOT, None))
     assert not dead, f'{name} links to {dead}'
@@ -480,6 +485,8 @@ def test_one_version_and_one_python():
     assert latest and latest[1] == letkd.__version__, 'the first entry of CHANGELOG.md is the version of the package'
     assert pyproject()['project']['requires-python'] == f">={settings_ini()['min_python']}"
     assert pyproject()['project']['description'] == settings_ini()['description']
+    cited = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    assert cited['version'] == letkd.__version__, 'CITATION.cff gives another version'
 
 
 def test_dependencies_are_those_imported():

@@ -51,9 +51,6 @@ def atomic(path,             # the final name; its folder is made
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally: part.unlink(missing_ok=True)
 
-# %% ../../nbs/data/files.ipynb #d2fde5f8
-#| exports
-
 # %% ../../nbs/data/files.ipynb #f4295483
 def make_folder(folder: Path): # and those above it
     "Make a folder that can be written to, or say why there is none."

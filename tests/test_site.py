@@ -1,0 +1,264 @@
+"""The pages as Quarto gets them: documentation, folds, links. Quarto itself is not needed."""
+import ast
+import json
+import os
+import posixpath
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pages
+import readme
+from conftest import ROOT, copy_project
+
+NBS = ROOT/'nbs'
+NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
+                   if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory, files):
+    "notebook -> its cells as Quarto gets them"
+    tree = copy_project(files, tmp_path_factory.mktemp('site'))
+    quarto = tree/'bin'/'quarto'  # in the place of Quarto, which would make pages of them
+    quarto.parent.mkdir()
+    quarto.write_text('#!/bin/sh\nmkdir -p _docs\n')
+    quarto.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    env['PATH'] = f"{quarto.parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run([sys.executable, 'tests/pages.py'], cwd=tree, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (tree/'_docs').is_dir(), done.stdout[-3000:]
+    same = (tree/'README.md').read_bytes() == (ROOT/'README.md').read_bytes()
+    assert same, 'nbdev has written README.md, which is of tests/readme.py'
+    load = lambda path: json.loads(path.read_text(encoding='utf-8'))['cells']
+    out = tree/'_proc'
+    return {p.relative_to(out).as_posix(): load(p) for p in out.rglob('*.ipynb')}
+
+
+def sources(cells, kind): return [readme.text(c['source']) for c in cells if c['cell_type'] == kind]
+
+
+def page(cells): return '\n\n'.join(sources(cells, 'markdown'))
+
+
+def exported(name):
+    "The cells of a notebook that are exported and shown, and the public names that they define."
+    for cell in json.loads((NBS/name).read_text(encoding='utf-8'))['cells']:
+        source = readme.text(cell['source'])
+        if cell['cell_type'] == 'code' and re.search(r'^#\|\s*exports?\s*$', source, re.M):
+            yield source, [n for n in pages.defined(ast.parse(source).body)
+                           if pages.is_public(n) and pages.says(n, source)]
+
+
+# The documentation of a name
+
+EXAMPLE = '''
+def scale(
+    x: Tensor,            # B x C, the `rows`
+    # a factor, p**2
+    by: float|int = 1., bias=None,
+    *, low=0, high=1,      # bounds
+) -> Tensor: # B x C
+    """Rows times **by**, as in
+    sum_k x_k.
+
+    Twice <b>."""
+'''
+
+
+def test_documentation_of_a_function():
+    assert pages.documentation(ast.parse(EXAMPLE).body[0], EXAMPLE) == r'''
+### scale
+
+```python
+scale(x: Tensor, by: float | int = 1.0, bias=None, *, low=0, high=1) -> Tensor
+```
+
+Rows times \*\*by\*\*, as in sum\_k x\_k.
+
+Twice \<b\>.
+
+| Argument | Type | Default | Meaning |
+|---------------|---------------|---------------|-------------------|
+| `x` | `Tensor` |  | B x C, the `rows` |
+| `by`, `bias` | `float | int` | `1.0`, `None` | a factor, p\*\*2 |
+| `low`, `high` |  | `0`, `1` | bounds |
+| *returns* | `Tensor` |  | B x C |
+'''.strip()
+
+
+def test_documentation_of_classes():
+    fields = """
+@dataclass
+class Batch:
+    "What the loop hands over."
+    images: Tensor      # B x 3 x H x W
+    # B, or
+    # B x Y
+    labels: Optional[Tensor] = None
+    _cache: dict = None
+"""
+    found = pages.documentation(ast.parse(fields).body[0], fields)
+    assert '```python\nBatch(images: Tensor, labels: Optional[Tensor] = None)\n```' in found
+    assert '| `images` | `Tensor` |  | B x 3 x H x W |\n' in found
+    assert '| `labels` | `Optional[Tensor]` | `None` | B, or B x Y |' in found
+    assert '_cache' not in found
+    own = 'class Layer(nn.Module):\n    def __init__(self, channels: int): ...  # C\n    x = 1'
+    assert '\nLayer(channels: int)\n' in pages.documentation(ast.parse(own).body[0], own)
+    bare = 'class Stopped(Exception):\n    "By a signal."'
+    assert '\nclass Stopped(Exception)\n' in pages.documentation(ast.parse(bare).body[0], bare)
+    late = '@patch(as_prop=True)\ndef width(self: Layer) -> int: # channels\n    "As built."'
+    assert '#### Layer.width\n' in (found := pages.documentation(ast.parse(late).body[0], late))
+    assert '\nLayer.width: int\n' in found and '| *returns* | `int` | channels |' in found
+
+
+def test_every_notebook_is_a_page(site): assert sorted(site) == NOTEBOOKS
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_names_are_documented_in_their_order(site, name):
+    names = [pages.patch_name(n) for _, nodes in exported(name) for n in nodes]
+    headings = re.findall(r'^###?# ([\w.]+)\n\n\[source\]', page(site[name]), re.M)
+    assert headings == names
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_signatures_are_calls_and_comments_are_tables(site, name):
+    text = page(site[name])
+    calls = re.findall(r'^###?# [\w.]+\n\n\[source\].*\n\n```python\n([\s\S]*?)\n```', text, re.M)
+    assert len(calls) == sum(len(nodes) for _, nodes in exported(name))
+    for call in calls:
+        assert not re.search(r'\]\(|#|\(\*args, \*\*kwargs\)', call), call
+        assert all(len(line) <= pages.WIDTH for line in call.splitlines()), call
+    for source, nodes in exported(name):
+        for node in nodes:
+            rows, back = pages.said(node, source)
+            told = [row[3] for row in [*rows, back] if row]
+            lost = [c for c in signature_comments(node, source) if not any(c in t for t in told)]
+            assert not lost, f'{node.name}: the page loses {lost}'
+            for t in told: assert pages.plain(t) in unlinked(text), t
+
+
+def signature_comments(node, source):
+    "What stands behind # between a definition and its body."
+    comment, _ = pages.comments(source)
+    call = pages.caller(node)
+    if call is None: return []
+    if isinstance(call, ast.ClassDef): first, last = call.lineno, pages.fields(call)[-1][4]
+    else: first, last = call.lineno, call.body[0].lineno - 1
+    return [comment[i] for i in range(first, last + 1) if i in comment]
+
+
+def unlinked(text): return re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', text)
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_tables_are_whole(site, name):
+    "A row has as many cells as its head; a bar inside backticks ends none."
+    for table in re.findall(r'^(?:\|.*\|\n?)+', page(site[name]), re.M):
+        rows = re.sub(r'`[^`\n]*`', '', table).splitlines()
+        assert len({len(re.split(r'(?<!\\)\|', row)) for row in rows}) == 1, table
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_headings_go_down_by_one(site, name):
+    "The title is the only one of the first level; a screen reader finds every level."
+    text = re.sub(r'^```[\s\S]*?^```', '', page(site[name]), flags=re.M)
+    levels = [1, *(len(h) for h in re.findall('^#+(?= )', text, re.M))]
+    assert 1 not in levels[1:] and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
+
+
+# Folds
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_imports_and_refusals_are_folded(site, name):
+    for source in sources(site[name], 'code'):
+        try: body = ast.parse(source).body
+        except SyntaxError: continue  # magics
+        imports = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+        refusals = all(ast.unparse(n).startswith('test_fail(') for n in body)
+        if body and (imports or refusals): assert '#| code-fold: true\n' in source, source
+
+
+def test_what_is_folded():
+    def fold(source, before='markdown', **marks):
+        cells = pages.mk_cell(source), pages.mk_cell('', before)
+        cells[0].directives_ = marks
+        return pages.summary(*cells)
+    assert fold('import os\nfrom x import y') == ('Imports', True)
+    refused = 'for bad in 1, 2:\n    test_fail(lambda: f(bad), contains="found")'
+    assert fold(refused) == ('What is refused', True)
+    assert fold('test_eq(f(1), 2)\ntest_fail(lambda: f(0))') is None
+    private, public = 'def _f(x): return x', 'def f(x): return x'
+    assert fold(private, 'markdown', exports=[]) == ('Source', False), 'prose introduces it'
+    assert fold(private, 'code', exports=[]) == ('Helper: _f', True)
+    assert fold(public, 'code', exports=[]) == ('Source', False)
+    assert fold('#| code-fold: false\nimport os') is None, 'the notebook has said so'
+
+
+# Links
+
+OTHERWISE = [('taps.ipynb', 'classifier'), ('07_distiller.ipynb', 'targets'),
+             ('07_distiller.ipynb', 'kd_layer'), ('models/folding.ipynb', 'channels_last')]
+
+
+@pytest.mark.parametrize('name, word', OTHERWISE)
+def test_names_that_mean_something_else_are_no_links(site, name, word):
+    assert f'[`{word}`](' not in page(site[name])
+
+
+def test_names_in_backticks_are_links(site):
+    assert '[`KDLayer`](layer.html#kdlayer)' in page(site['04_layer.ipynb'])
+    assert '[`Setup`](../distiller.html#setup)' in page(site['baselines/sp.ipynb'])
+    nested = re.compile(r'\[\[[^\]]*\]\([^)]*\)\]\(')
+    assert not [n for n in NOTEBOOKS if nested.search(page(site[n]))]
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_links_to_names_lead_to_their_documentation(site, name):
+    home = {re.sub(r'(^|/)\d+_', r'\1', n).replace('.ipynb', '.html'): n for n in NOTEBOOKS}
+    for word, to in re.findall(r'\[`([^`]+)`\]\(([^)\s]+\.html#[^)\s]+)\)', page(site[name])):
+        path, _, anchor = to.partition('#')
+        text = page(site[home[posixpath.normpath(f'{Path(name).parent.as_posix()}/{path}')]])
+        assert re.search(rf'^#+ {re.escape(anchor)}$', text, re.M | re.I), f'{word} leads to {to}'
+
+
+# The site's own files
+
+def test_files_of_the_site():
+    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    html, site = config['format']['html'], config['website']
+    assert html['respect-user-color-scheme'] is True
+    assert int(html['grid']['body-width'].removesuffix('px')) >= 960, 'room for 100 columns of code'
+    for name in (site['favicon'], site['image'], '404.qmd', html['css']):
+        assert (NBS/name).stat().st_size < 60_000, name
+
+
+def brightness(colour):
+    "Relative luminance, as WCAG 2 defines it."
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((.2126, .7152, .0722), parts))
+
+
+@pytest.mark.parametrize('theme, ground', [('light', '#ffffff'), ('dark', '#222222')])
+def test_links_can_be_read(theme, ground):
+    "4.5:1 on the background of the theme, cosmo or darkly."
+    css = (NBS/'styles.css').read_text(encoding='utf-8')
+    colours = re.findall(r'--\w+: (#\w{6})', re.search(rf'body\.quarto-{theme} *{{(.*?)}}', css)[1])
+    assert len(colours) == 2
+    for colour in colours:
+        low, high = sorted([brightness(colour), brightness(ground)])
+        assert (high + .05) / (low + .05) >= 4.5, colour
+
+
+def test_titles_differ(site):
+    head = {n: readme.text(cells[0]['source']).strip().strip('-') for n, cells in site.items()}
+    titles = sorted(yaml.safe_load(text)['title'] for text in head.values())
+    assert len(set(titles)) == len(titles), titles
