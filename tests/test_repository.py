@@ -38,6 +38,7 @@ LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its c
               '07_distiller.ipynb#3b179a10': 'one class', 'runs/training.ipynb#7bf509d6': 'one class',
               'data/batches.ipynb#c0937ddc': 'one class', 'results/bench.ipynb#05d00190': 'one class',
               'runs/shipping.ipynb#64e02333': 'one function'}  # 'notebook#cell id': why it is longer
+VISIBLE = 60  # lines of code that a chapter of the story shows without a click
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
 
 
@@ -146,12 +147,26 @@ def exporters():
     return found
 
 
-STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n) and n != '09_checks.ipynb'] 
+STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n) and n != '09_checks.ipynb']
 
 
 def test_the_story_is_numbered_without_gaps():
     assert [int(n[:2]) for n in STORY] == list(range(int(STORY[0][:2]), int(STORY[0][:2]) + len(STORY))), STORY
     assert [n for n in sidebar() if n in STORY] == STORY, 'the sidebar has the chapters in their order'
+
+
+def is_visible(cell):
+    "Does the site show the source of a code cell at once? Folded cells take a click."
+    source = readme.text(cell['source'])
+    return not readme.is_hidden(cell) and not re.search(r'^#\|\s*(echo:\s*false|code-fold:\s*true|default_exp)\b', source, re.M)
+
+
+@pytest.mark.parametrize('name', STORY)
+def test_the_story_is_read_not_worked_through(name):
+    "What a newcomer needs to see of a chapter; errors, cross-checks and inner workings are folded."
+    shown = {c['id']: sum(bool(line.strip()) and not line.startswith('#|') for line in source.splitlines())
+             for c, source in cells(name, 'code') if is_visible(c)}
+    assert sum(shown.values()) <= VISIBLE, f'{name} shows {sum(shown.values())} lines of code; fold some by `#| code-fold: true`: {shown}'
 
 
 @pytest.mark.parametrize('name', STORY)
@@ -221,7 +236,7 @@ def test_outputs_are_stored(name):
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_cells_are_read_in_one_glance(name):
-    size = {f"{name}#{c['id']}": sum(bool(line.strip()) for line in source.splitlines())
+    size = {f"{name}#{c['id']}": sum(bool(line.strip()) and not line.startswith('#| code-') for line in source.splitlines())
             for c, source in cells(name, 'code')}
     long = {k: n for k, n in size.items() if n > LONGEST_CELL and k not in LONG_CELLS}
     assert not long, f'cells of more than {LONGEST_CELL} lines: {long}'
