@@ -8,6 +8,7 @@ __all__ = ['Batch', 'Maps', 'Term', 'Distiller', 'as_module', 'raise_all', 'atte
            'letkd2', 'FreeLayer', 'layer', 'layer2', 'kd', 'dkd']
 
 # %% ../nbs/07_distiller.ipynb #fb365586
+#| code-fold: true
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .taps import (Layout, as_maps, capture, compiled_capture, evaluating,
                         largest, logits_of, replace, resolve, rows, stream, unpack)
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
+#| code-fold: true
 @dataclass
 class Batch:
     "What the loop hands over."
@@ -57,6 +59,7 @@ class Maps:
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 # %% ../nbs/07_distiller.ipynb #3b179a10
+#| code-fold: true
 class Term(nn.Module):
     """One loss. A method derives from it and writes `forward`; everything else is
     declared here."""
@@ -89,6 +92,7 @@ class Term(nn.Module):
     def extra_repr(self) -> str: return f'{self.name}, weight={self.weight:g}'
 
 # %% ../nbs/07_distiller.ipynb #278c395f
+#| code-fold: true
 class Distiller(nn.Module):
     """Runs student and teacher once and returns the student's logits and the weighted
     losses by name."""
@@ -122,6 +126,7 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a01
+#| code-fold: true
 class _Function(nn.Module):
     "A plain function of images, as a network without modules."
     def __init__(self, function: Callable): super().__init__(); self.function = function
@@ -138,6 +143,7 @@ def as_module(teacher # a network, a function of images, or None
                     'their logits')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a08
+#| code-fold: true
 def raise_all(what: str, faults: Iterable): # a class or function; exceptions
     "Raise what was found: one as it is, several in one message."
     found = list({str(e): e for e in faults}.values())
@@ -154,6 +160,7 @@ def attempted(do: Callable, *args) -> list: # of the exception that came, if one
     return []
 
 # %% ../nbs/07_distiller.ipynb #9c256bf5
+#| code-fold: true
 def _faults(d: Distiller) -> Iterator[Exception]:
     """Where the terms do not fit together, or to the networks; nothing has been changed
     yet."""
@@ -184,6 +191,7 @@ def named(side: str, faults: list) -> list: # 'student' or 'teacher'; exceptions
     return [type(e)(f'{side}: {e.args[0]}') for e in faults]
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a02
+#| code-fold: true
 def _shared(d: Distiller) -> list:
     """What belongs to the teacher and to what is trained: training would change the
     teacher, and eval mode the student."""
@@ -215,6 +223,7 @@ def _is_stateless(x) -> bool:
             == 'torch.nn.modules.activation' and not [*x.parameters()])
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a03
+#| code-fold: true
 _WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel',
              'FSDPModule'}
 
@@ -230,6 +239,7 @@ def _wrapped(d: Distiller) -> Iterator[Exception]:
                          'DistributedDataParallel(Distiller(network, teacher, terms))')
 
 # %% ../nbs/07_distiller.ipynb #c524914a
+#| code-fold: true
 @patch
 def forward(self: Distiller,
             images: Tensor, # B x 3 x H x W; or a whole batch, see `letkd.taps.unpack`
@@ -258,6 +268,7 @@ def forward(self: Distiller,
                                  for term in self.terms}
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a05
+#| code-fold: true
 def _is_plain(images, labels, index) -> bool: # nothing to do?
     return (isinstance(images, Tensor) and isinstance(labels, Tensor)
             and labels.dtype is torch.int64 and labels.ndim == 1
@@ -284,6 +295,7 @@ def _logits(self: Distiller, side: str, out
     return out if isinstance(out, Tensor) else logits_of(out, side, self.output)
 
 # %% ../nbs/07_distiller.ipynb #847fdf9c
+#| code-fold: true
 @patch
 def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
     if self.needs_teacher:
@@ -307,6 +319,7 @@ def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
         return self._logits('teacher', out), maps
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a06
+#| code-fold: true
 def _settle(d: Distiller):
     "The teacher in eval mode, whatever another module that holds it has done to it."
     teacher, modules = d.known
@@ -326,6 +339,7 @@ def _check_exported(model: nn.Module):
                          f'({learning[0]}); export it from network.eval()')
 
 # %% ../nbs/07_distiller.ipynb #a91d9c41
+#| code-fold: true
 @patch
 def targets(self: Distiller, images: Tensor, # B x 3 x H x W
             labels: Optional[Tensor] = None, # B, where a supervision needs them
@@ -356,6 +370,7 @@ def remove(self: Distiller):
     self.inserted = []
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b02
+#| code-fold: true
 @contextmanager
 def _counted(d: Distiller):
     "Within it each layer that was put into the student may run once, and must."
@@ -385,6 +400,7 @@ def _counted(d: Distiller):
                            'the student, and does the student call that module?')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b03
+#| code-fold: true
 @patch
 def _look(self: Distiller, maps: Maps, batch: Batch):
     "Labels and logits fit."
@@ -401,6 +417,7 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
     self.looked = True
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b05
+#| code-fold: true
 @patch
 def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch: Batch):
     """Every loss and every map that a term reads has a gradient, unless it is meant to
@@ -427,6 +444,7 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
                                 'silent says so in `Term.silent`')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b06
+#| code-fold: true
 def _trained_before(d: Distiller, tap: str, images: Tensor
                    ) -> str: # a parameter's name, or nothing
     """The first parameter that can be trained of a module that is called before a map
@@ -453,6 +471,7 @@ def _trained_before(d: Distiller, tap: str, images: Tensor
     return next(iter(found), '')
 
 # %% ../nbs/07_distiller.ipynb #66f5ff30
+#| code-fold: true
 class CrossEntropy(Term):
     "Cross-entropy with the labels; what every method adds to."
     def __init__(self,
@@ -472,6 +491,7 @@ class CrossEntropy(Term):
         return F.cross_entropy(z, batch.labels.to(z.dtype))
 
 # %% ../nbs/07_distiller.ipynb #78a10e8e
+#| code-fold: true
 def soften(maps: Maps,         # with the logits of both
            temperature: float, # T
           ) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
@@ -502,6 +522,7 @@ class KD(Term):
                                                 log_target=True)
 
 # %% ../nbs/07_distiller.ipynb #756a357f
+#| code-fold: true
 def decoupled(log_t: Tensor,  # B x Y, log p_t
               log_s: Tensor,  # B x Y, log p_s
               labels: Tensor, # B
@@ -515,6 +536,7 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
                  t in (pairs, others))
 
 # %% ../nbs/07_distiller.ipynb #6223ca24
+#| code-fold: true
 class DKD(Term):
     """Decoupled KD (Zhao et al., 2022): min(after_epoch / warmup, 1) T² (α TCKD + β
     NCKD)."""
@@ -569,6 +591,7 @@ class SupervisedLayer(Term):
         return maps.losses[self.student_tap]
 
 # %% ../nbs/07_distiller.ipynb #112c790f
+#| code-fold: true
 @dataclass
 class Setup:
     "What a method is built for."
@@ -588,6 +611,7 @@ class Setup:
     def __post_init__(self): self.teacher = as_module(self.teacher)
 
 # %% ../nbs/07_distiller.ipynb #62602546
+#| code-fold: true
 def _run(side: str, model: nn.Module, images: Tensor):
     # what a network of that side returns
     "A pass in eval mode, or the error that says that the network takes no such images."
@@ -601,6 +625,7 @@ def _run(side: str, model: nn.Module, images: Tensor):
                          'resize the images') from error
 
 # %% ../nbs/07_distiller.ipynb #8e1c0c01
+#| code-fold: true
 @patch(as_prop=True)
 def first(self: Setup) -> tuple: # (images, labels, index or None)
     "The first batch, read once."
@@ -622,6 +647,7 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
     return logits_of(_run(side, model, images), side, self.output).shape[1]
 
 # %% ../nbs/07_distiller.ipynb #4067f49c
+#| code-fold: true
 @patch
 def place(self: Setup, side: str, # 'student' or 'teacher'
           tap: str
@@ -650,6 +676,7 @@ def shape(self: Setup, side: str, tap: str
     return self.place(side, tap)[1:]
 
 # %% ../nbs/07_distiller.ipynb #159f633f
+#| code-fold: true
 class _Lost(nn.Module):
     def forward(self, x): return torch.nan * x
 
@@ -672,6 +699,7 @@ def _place_of_layer(self: Setup, tap: str, alpha: float
     return tap, channels, grid
 
 # %% ../nbs/07_distiller.ipynb #08fafdd5
+#| code-fold: true
 @patch
 def layer(self: Setup,
           name: str,                # of the loss
@@ -689,6 +717,7 @@ def layer(self: Setup,
                                                        alpha), supervision, grid)
 
 # %% ../nbs/07_distiller.ipynb #46fa520e
+#| code-fold: true
 def kernel_tap(model: nn.Module # the teacher
               ) -> str:         # a module path
     "The first 3x3 convolution of the last block that has one."
@@ -701,6 +730,7 @@ def kernel_tap(model: nn.Module # the teacher
     return next(path for path in found if path.rpartition('.')[0] == block)
 
 # %% ../nbs/07_distiller.ipynb #81df4d8c
+#| code-fold: true
 def quest(setup: Setup,                  # what it is built for
           num_prototypes: int = 4096,    # K
           tau: float = 1., # temperature of the prototypes, letKD's; QuEST's own is .2
@@ -729,6 +759,7 @@ def letkd1(setup: Setup,                  # what it is built for
     return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau)
 
 # %% ../nbs/07_distiller.ipynb #6aa152ff
+#| code-fold: true
 def letkd_intermediate(setup: Setup,                   # what it is built for
                        alpha_intermediate: float = 1., # weight of the embedding
                        num_dims: int = 60,             # dimensions that LDA keeps
@@ -754,6 +785,7 @@ def letkd2(setup: Setup,                   # what it is built for
             *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
 
 # %% ../nbs/07_distiller.ipynb #95a980eb
+#| code-fold: true
 class FreeLayer(Term):
     "KD layers in the student that are trained by the other losses alone."
     def __init__(self, layers: dict): # {tap: KDLayer}
@@ -779,6 +811,7 @@ def layer(setup: Setup,                  # what it is built for
                                        alpha_penultimate)]))]
 
 # %% ../nbs/07_distiller.ipynb #938178cc
+#| code-fold: true
 def layer2(setup: Setup,                     # what it is built for
            num_templates: int = 4096,        # K of the penultimate layer
            # K of the intermediate layer: letKD-2's, 8 sub-classes of 100 classes
@@ -793,6 +826,7 @@ def layer2(setup: Setup,                     # what it is built for
                             setup.free(last, num_templates, alpha_penultimate)]))]
 
 # %% ../nbs/07_distiller.ipynb #4a8f78a1
+#| code-fold: true
 def kd(setup: Setup,            # what it is built for
        temperature: float = 4., # T
       ) -> list:                # of terms
@@ -809,6 +843,7 @@ def dkd(setup: Setup,             # what it is built for
     return [DKD(dkd_alpha, dkd_beta, temperature, warmup)]
 
 # %% ../nbs/07_distiller.ipynb #8e1c0d01
+#| code-fold: true
 def _arrivals(index: Optional[Tensor], count: int
              ) -> Tensor: # how often each of `count` places is in `index`
     if index is None:
@@ -821,6 +856,7 @@ def _arrivals(index: Optional[Tensor], count: int
     return index.cpu().bincount(minlength=count)
 
 # %% ../nbs/07_distiller.ipynb #dafb1074
+#| code-fold: true
 @patch
 def remember(self: Distiller,
              # of (images, labels, index): every image once, not augmented
@@ -852,6 +888,7 @@ def remember(self: Distiller,
     return True
 
 # %% ../nbs/07_distiller.ipynb #f21a7b86
+#| code-fold: true
 @patch
 def compile_teacher(self: Distiller,
                     images: Tensor, # a batch as it will be trained on

@@ -6,6 +6,7 @@
 __all__ = ['KDLayer', 'Losses', 'supervised', 'FoldedKDLayer', 'folded']
 
 # %% ../nbs/04_layer.ipynb #f5142d14
+#| code-fold: true
 import copy
 from contextlib import contextmanager
 from typing import Iterator
@@ -22,6 +23,7 @@ from .fused import embed, fused_kd_layer
 from .matching import kd_layer, matching_scores, precise, unit
 
 # %% ../nbs/04_layer.ipynb #d118a9f7
+#| code-fold: true
 class _ScoreNorm(nn.BatchNorm1d):
     """Batch normalisation of N x K scores in their own precision, whatever the type of
     its parameters."""
@@ -64,6 +66,7 @@ class KDLayer(nn.Module):
         self.reset_parameters()
 
 # %% ../nbs/04_layer.ipynb #88961843
+#| code-fold: true
 @patch
 def reset_parameters(self: KDLayer):
     """Draw both weights from N(0, 2/C_in); the scales and the batch normalisation as
@@ -81,6 +84,7 @@ def extra_repr(self: KDLayer) -> str:
             f'alpha={self.alpha:g}')
 
 # %% ../nbs/04_layer.ipynb #81938e5d
+#| code-fold: true
 @patch
 def _load_from_state_dict(self: KDLayer, state: dict, prefix: str, *args):
     for key in (f'{prefix}scale', f'{prefix}value_scale'):
@@ -88,6 +92,7 @@ def _load_from_state_dict(self: KDLayer, state: dict, prefix: str, *args):
     super(KDLayer, self)._load_from_state_dict(state, prefix, *args)
 
 # %% ../nbs/04_layer.ipynb #6c8ba3c9
+#| code-fold: true
 @patch
 def _last(self: KDLayer, x: Tensor) -> Tensor:
     "`x` with its channels last, or the error that says what was found."
@@ -110,6 +115,7 @@ def _like(rows: Tensor, last: Tensor, x: Tensor
     return out.contiguous() if x.is_contiguous() else out
 
 # %% ../nbs/04_layer.ipynb #83699381
+#| code-fold: true
 def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False
              ) -> bool: # learns: is there a backward pass through v?
     "Are tiles the faster form for these shapes (equation 1)?"
@@ -127,6 +133,7 @@ def _function(self: KDLayer, rows: Tensor):
     return fused_kd_layer if tiles else kd_layer
 
 # %% ../nbs/04_layer.ipynb #4e1c0a02
+#| code-fold: true
 _saving = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks',
                   lambda _: None)
 
@@ -142,12 +149,14 @@ def _loss_alone(self: KDLayer, rows: Tensor, target) -> Tensor:
                                     0., target)[1]
 
 # %% ../nbs/04_layer.ipynb #47712728
+#| code-fold: true
 def _node(layer: nn.Module, x: fx.Proxy
          ) -> fx.Proxy: # one node of the graph that is being written
     return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,),
                                  {})
 
 # %% ../nbs/04_layer.ipynb #ad8493cc
+#| code-fold: true
 class _Together(torch.autograd.Function):
     "Features and loss unchanged; their gradients enter the layer at the same time."
     @staticmethod
@@ -156,6 +165,7 @@ class _Together(torch.autograd.Function):
     def backward(ctx, dout, dloss): return dout, dloss
 
 # %% ../nbs/04_layer.ipynb #b88ad91f
+#| code-fold: true
 @patch
 def forward(self: KDLayer,
             x: Tensor,     # B x C x H x W or B x N x C
@@ -178,6 +188,7 @@ def forward(self: KDLayer,
     return out if target is None else (out, loss)
 
 # %% ../nbs/04_layer.ipynb #d546e6ff
+#| code-fold: true
 class Losses(dict):
     """{layer: its loss}; `cut` lists the layers that were given a map without a
     gradient."""
@@ -201,6 +212,7 @@ class _Supervision:
         if not reaches: self.losses.cut.append(layer)
 
 # %% ../nbs/04_layer.ipynb #769eb39f
+#| code-fold: true
 def _check_supervised(targets: dict, losses: Losses):
     "Every layer was reached, and its loss has a gradient where there are any."
     if missed := [_line(l) for l in targets if l not in losses]:
@@ -216,6 +228,7 @@ def _check_supervised(targets: dict, losses: Losses):
                            '(pass use_reentrant=False), or within torch.no_grad?')
 
 # %% ../nbs/04_layer.ipynb #4e1c0a03
+#| code-fold: true
 @contextmanager
 def supervised(targets: dict # {layer: its target}
               ) -> Iterator[Losses]: # {layer: its loss}, filled while the student runs
@@ -238,6 +251,7 @@ def supervised(targets: dict # {layer: its target}
         for layer in targets: layer._supervision = None
 
 # %% ../nbs/04_layer.ipynb #8eeee9b0
+#| code-fold: true
 @patch
 def scores(self: KDLayer, x: Tensor
           ) -> Tensor: # S as a map B x K x H x W, or B x N x K for tokens
@@ -258,6 +272,7 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
     return _like(F.relu(self.norm(s)), last, x)
 
 # %% ../nbs/04_layer.ipynb #404f34cd
+#| code-fold: true
 class FoldedKDLayer(nn.Module):
     """Inference form of a `KDLayer`: two products, BN folded and weights normalised
     once (equation 2)."""
@@ -287,6 +302,7 @@ class FoldedKDLayer(nn.Module):
         return _like((last + v).to(x.dtype), last, x)
 
 # %% ../nbs/04_layer.ipynb #6c2afa04
+#| code-fold: true
 @patch
 def fold(self: KDLayer
         ) -> nn.Module: # a `FoldedKDLayer`, or an identity where alpha = 0
@@ -299,6 +315,7 @@ def fold(self: KDLayer
                          self.alpha * self.value_scale * unit(self.semantics))
 
 # %% ../nbs/04_layer.ipynb #3723fe81
+#| code-fold: true
 @torch.no_grad()
 def _keep_what_came_out(m: nn.Module):
     # parametrised; `remove_parametrizations` would change the class, which the original
@@ -321,6 +338,7 @@ def _with_plain_weights(model: nn.Module) -> nn.Module: # a copy in eval mode
     return model
 
 # %% ../nbs/04_layer.ipynb #2a680639
+#| code-fold: true
 def folded(model: nn.Module # any network, with KD layers anywhere in it
           ) -> nn.Module:   # a copy in eval mode, each KD layer in its inference form
     "What to ship: a copy of a network without anything that only training needs."

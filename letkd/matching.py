@@ -7,6 +7,7 @@ __all__ = ['precise', 'unit', 'DenseTarget', 'PrototypeTarget', 'TableTarget', '
            'kd_layer']
 
 # %% ../nbs/03_matching.ipynb #716d7570
+#| code-fold: true
 from dataclasses import dataclass, fields, replace
 from typing import Callable, Optional, Union
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import torch.nn.functional as F
 
 # %% ../nbs/03_matching.ipynb #0d351312
+#| code-fold: true
 def precise(x: Tensor # of any floating type
            ) -> Tensor: # in float32, or unchanged where it is float64
     """Normalisation, softmax and statistics are computed in float32 at least, on every
@@ -29,6 +31,7 @@ def unit(x: Tensor # ... x C vectors
     return x / length.masked_fill(length == 0, 1)
 
 # %% ../nbs/03_matching.ipynb #610ca045
+#| code-fold: true
 class _Target:
     "What the three targets share: moving, and the error for shapes that do not fit."
     def to(self, device: Union[str, torch.device]): # the same target on `device`
@@ -53,9 +56,10 @@ class DenseTarget(_Target):
     def tile(self, i: int, j: int) -> Tensor: return self.probs[i:j]
 
 # %% ../nbs/03_matching.ipynb #481f55de
+#| code-fold: true
 @dataclass(frozen=True)
 class PrototypeTarget(_Target):
-    "Soft assignment of the teacher's rows to prototypes (equation 2)."
+    "Soft assignment of the teacher's rows to prototypes (equation 1 of prototypes)."
     rows: Tensor       # N x C, the teacher's pixels
     prototypes: Tensor # K x C
     tau: float = 1.    # temperature in squared units of the features
@@ -77,6 +81,7 @@ class PrototypeTarget(_Target):
             return F.softmax((2 * t @ c.T - c.square().sum(1)) / self.tau, dim=1)
 
 # %% ../nbs/03_matching.ipynb #bca16551
+#| code-fold: true
 @dataclass(frozen=True)
 class TableTarget(_Target):
     "Each pixel points at a row of a table of probabilities."
@@ -95,6 +100,7 @@ class TableTarget(_Target):
         return self.table.index_select(0, self.index[i:j])
 
 # %% ../nbs/03_matching.ipynb #473e95e8
+#| code-fold: true
 def perplexity(target: _Target,  # any target
                tile: int = 4096, # rows held at a time
               ) -> float:        # from 1 (one-hot) to K (uniform)
@@ -110,13 +116,13 @@ def matching_scores(x: Tensor,         # N x C pixels
                     templates: Tensor, # K x C
                     scale: Tensor,     # g, a scalar
                    ) -> Tensor:        # N x K, between -g and g, in float32 at least
-    "Scaled cosine of every pixel with every template (equation 3)."
+    "Scaled cosine of every pixel with every template (equation 2)."
     return scale * precise(unit(x) @ unit(templates).T)
 
 def kd_loss(scores: Tensor,  # N x K, S
             target: _Target, # of shape N x K
            ) -> Tensor:      # scalar
-    "Mean over the rows of KL(p_T || p_S), with p_S = softmax(S) (equation 4)."
+    "Mean over the rows of KL(p_T || p_S), with p_S = softmax(S) (equation 3)."
     n, k = scores.shape
     if target.shape != (n, k):
         raise ValueError(f'{type(target).__name__}: found {target.shape[0]} rows and '
@@ -140,7 +146,7 @@ def kd_layer(x: Tensor,                      # N x C pixels of the student
              target: Optional[_Target] = None, # the teacher's p_T for these rows
             ) -> tuple: # (N x C features in the type of x, the loss or None)
     """The KD layer of letKD as equations: scores, supervision, assignment, embedding
-    (equations 3 to 5)."""
+    (equations 2 to 4)."""
     s = matching_scores(x, templates, scale)
     loss = None if target is None else kd_loss(s, target)
     if alpha == 0: return x, loss

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .matching import DenseTarget, PrototypeTarget, perplexity, precise
 
 # %% ../nbs/05_prototypes.ipynb #a01a70bb
+#| code-fold: true
 def _check_rows(rows: Tensor, channels: Optional[int], where: str):
     "Rows are N x C numbers, and C does not change."
     if not (isinstance(rows, Tensor) and rows.ndim == 2 and rows.is_floating_point()):
@@ -56,6 +57,7 @@ def _check_labels(labels: Tensor, n: int, classes: Optional[int], where: str):
                              f'{classes}, the number of classes')
 
 # %% ../nbs/05_prototypes.ipynb #f899222b
+#| code-fold: true
 def checked(stream: Iterable, # of rows (N x C, any device) and labels (N integers)
             labelled: bool = False,        # are the labels needed?
             classes: Optional[int] = None, # number of classes, where it is known
@@ -87,6 +89,7 @@ def checked(stream: Iterable, # of rows (N x C, any device) and labels (N intege
                          'that was used up?')
 
 # %% ../nbs/05_prototypes.ipynb #518c7f73
+#| code-fold: true
 def blocks(pieces: Iterable[tuple], # tuples of tensors of equal length
            size: int = 16384,       # rows in a block
           ) -> Iterable[tuple]: # the same rows in order, `size` at a time
@@ -102,6 +105,7 @@ def blocks(pieces: Iterable[tuple], # tuples of tensors of equal length
     if n: yield tuple(map(torch.cat, zip(*held)))
 
 # %% ../nbs/05_prototypes.ipynb #5f13767c
+#| code-fold: true
 def sample(pieces: Iterable[tuple], # tuples of tensors of equal length, rows first
            # bytes of rows to keep; twice that are held while the stream runs
            memory: int = 2**30,
@@ -127,6 +131,7 @@ def sample(pieces: Iterable[tuple], # tuples of tensors of equal length, rows fi
     return smallest(held)[1:]
 
 # %% ../nbs/05_prototypes.ipynb #6b2df297
+#| code-fold: true
 @contextmanager
 def one_thread():
     """Within it (or in a function decorated with it), torch, BLAS and OpenMP run on one
@@ -147,6 +152,7 @@ def distinct(rows: Tensor # N x C
     return x[first[order]], counts[order].astype(np.float64)
 
 # %% ../nbs/05_prototypes.ipynb #d3bb9782
+#| code-fold: true
 def _lloyd(x, weights, centres, max_iter: int, progress: str
           ) -> tuple: # centres, mean squared distance
     bar = tqdm(total=max_iter, desc=progress, disable=None if progress else True,
@@ -163,6 +169,7 @@ def _lloyd(x, weights, centres, max_iter: int, progress: str
     return centres, inertia
 
 # %% ../nbs/05_prototypes.ipynb #c92d41f6
+#| code-fold: true
 def _pass(x: Tensor, weights: Tensor, centres: Tensor
          ) -> tuple: # sums K x C, masses K, squared distances N
     "One look at all rows, a tile at a time."
@@ -178,6 +185,7 @@ def _pass(x: Tensor, weights: Tensor, centres: Tensor
     return sums, mass, torch.cat(low).clamp_(min=0)
 
 # %% ../nbs/05_prototypes.ipynb #07c3e8d5
+#| code-fold: true
 def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int,
                     progress: str) -> tuple:
     # centres, mean squared distance
@@ -195,6 +203,7 @@ def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int,
     return centres, (squares / weights.double().sum()).item()
 
 # %% ../nbs/05_prototypes.ipynb #33b0c018
+#| code-fold: true
 @one_thread()
 def kmeans(rows: Tensor,           # N x C
            clusters: int,          # K
@@ -226,6 +235,7 @@ def kmeans(rows: Tensor,           # N x C
     return torch.from_numpy(centres.astype(np.float64) + mean), inertia
 
 # %% ../nbs/05_prototypes.ipynb #adb13600
+#| code-fold: true
 class Supervision(nn.Module):
     """From the teacher's rows to targets: `fit` once on a stream, then `target` for
     each batch."""
@@ -252,6 +262,7 @@ class Supervision(nn.Module):
         return ''
 
 # %% ../nbs/05_prototypes.ipynb #13c51967
+#| code-fold: true
 def misfits(found: dict,   # {name: tensor}, to be loaded
             whole: tuple = (), # names of those that hold integers
             # {name: a letter for each dimension}; equal letters, equal sizes
@@ -275,6 +286,7 @@ def misfits(found: dict,   # {name: tensor}, to be loaded
     return ''
 
 # %% ../nbs/05_prototypes.ipynb #443faeac
+#| code-fold: true
 @patch
 def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, strict,
                           missing, unexpected, errors):
@@ -292,6 +304,7 @@ def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, stri
         missing.extend(prefix + name for name in self._buffers if name not in found)
 
 # %% ../nbs/05_prototypes.ipynb #56be68e8
+#| code-fold: true
 class KMeansPrototypes(Supervision):
     """Soft assignment to the K-means centres of all pixels of the training set
     (equation 1)."""
@@ -331,6 +344,7 @@ class KMeansPrototypes(Supervision):
         return self
 
 # %% ../nbs/05_prototypes.ipynb #81d1f607
+#| code-fold: true
 @patch
 @torch.no_grad()
 def target(self: KMeansPrototypes, rows: Tensor, labels: Optional[Tensor] = None
@@ -347,6 +361,7 @@ def _conflict(self: KMeansPrototypes, found: dict) -> str:
     return f'found {k} prototypes; expected num_prototypes = {self.num_prototypes}'
 
 # %% ../nbs/05_prototypes.ipynb #a97a2bbd
+#| code-fold: true
 def tau_for_perplexity(target: Callable, # temperature -> target
                        wanted: float,      # perplexity, between 1 and K
                        low: float = 1e-6,  # smallest temperature considered
@@ -366,6 +381,7 @@ def tau_for_perplexity(target: Callable, # temperature -> target
     return (low * high)**.5
 
 # %% ../nbs/05_prototypes.ipynb #cc57ba5a
+#| code-fold: true
 class KernelPrototypes(Supervision):
     """Softmax over the channels of a convolution's response before its batch
     normalisation (equation 2)."""
@@ -404,6 +420,7 @@ class KernelPrototypes(Supervision):
         return self
 
 # %% ../nbs/05_prototypes.ipynb #b78a6cfc
+#| code-fold: true
 @patch
 @torch.no_grad()
 def target(self: KernelPrototypes, rows: Tensor, labels: Optional[Tensor] = None

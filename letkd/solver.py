@@ -21,6 +21,7 @@ class Assignment(NamedTuple):
     lam: Tensor  # ..., multiplier of the budget, in units of the scores
 
 # %% ../nbs/02_solver.ipynb #c65a7e58
+#| code-fold: true
 def _number(name, x, like):
     "`x` as a finite tensor that broadcasts to `like`."
     x = (x.to(like) if isinstance(x, Tensor)
@@ -40,8 +41,9 @@ def _number(name, x, like):
     return x
 
 # %% ../nbs/02_solver.ipynb #7edbe778
+#| code-fold: true
 def _margins(scores, mu, epsilon=None):
-    "Checked margins s = a - mu and sharpness, both ... x K, in float32 or wider."
+    "Checked margins s = S - mu and sharpness, both ... x K, in float32 or wider."
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f"scores are "
                         f"{getattr(scores, 'dtype', type(scores).__name__)}, "
@@ -56,6 +58,7 @@ def _margins(scores, mu, epsilon=None):
     return s, None if epsilon is None else _sharpness(epsilon, like)
 
 # %% ../nbs/02_solver.ipynb #540a56da
+#| code-fold: true
 def _sharpness(epsilon, like):
     "`epsilon` checked to be positive and expanded to the shape of `like`."
     epsilon = _number("epsilon", epsilon, like)
@@ -79,14 +82,15 @@ def _problem(scores, mu, epsilon, smoothing):
     return _margins(scores, mu, epsilon)
 
 # %% ../nbs/02_solver.ipynb #48fce646
+#| code-fold: true
 def objective(
     solution: Assignment,         # p: ... x K and q: ...
-    scores: Tensor,               # ... x K, a
+    scores: Tensor,               # ... x K, S
     mu=0.,                        # threshold, broadcasts to the scores
     epsilon=None, # sharpness, broadcasts to the scores; not used by 'linear'
     smoothing: str = "quadratic", # 'linear', 'entropic' or 'quadratic'
 ) -> Tensor:                      # ..., the value that the problem maximises
-    "sum_k p_k (a_k - mu_k) - Omega(p, q) for each row."
+    "sum_k p_k (S_k - mu_k) - Omega(p, q) for each row."
     (p, q, _), (s, epsilon) = solution, _problem(scores, mu, epsilon, smoothing)
     value = (p * s).sum(-1)
     if smoothing == "quadratic": value = value - (p**2 / (2 * epsilon)).sum(-1)
@@ -95,15 +99,16 @@ def objective(
     return value
 
 # %% ../nbs/02_solver.ipynb #e43174e8
+#| code-fold: true
 def kkt(
     solution: Assignment,         # p: ... x K, q: ..., lam: ...
-    scores: Tensor,               # ... x K, a
+    scores: Tensor,               # ... x K, S
     mu=0.,                        # threshold, broadcasts to the scores
     epsilon=None, # sharpness, broadcasts to the scores; not used by 'linear'
     smoothing: str = "quadratic", # 'linear', 'entropic' or 'quadratic'
 ) -> Tensor: # ..., >= 0; zero at the solution, up to rounding
     """Greatest violation of the optimality conditions of each row, relative to 1 + max
-    |a - mu| + |lam|."""
+    |S - mu| + |lam|."""
     s, epsilon = _problem(scores, mu, epsilon, smoothing)
     p, q, lam = (solution.p.to(s.dtype), solution.q[..., None].to(s.dtype),
                  solution.lam[..., None].to(s.dtype))
@@ -125,11 +130,11 @@ def kkt(
 
 # %% ../nbs/02_solver.ipynb #4b8130db
 def match_linear(
-    scores: Tensor,  # ... x K, a
+    scores: Tensor,  # ... x K, S
     mu=0.,           # threshold, broadcasts to the scores
 ) -> Assignment:     # p one-hot or zero, q = 1 where no score exceeds its threshold
-    """argmax over p, q >= 0, q + sum_k p_k = 1 of sum_k p_k (a_k - mu_k): the linear
-    programme (@gorgun2023letkd)."""
+    """argmax over p, q >= 0, q + sum_k p_k = 1 of sum_k p_k (S_k - mu_k): the linear
+    programme (Görgün et al., 2023)."""
     s, _ = _margins(scores, mu)
     best, k = s.max(-1, keepdim=True)
     p = torch.zeros_like(s).scatter(-1, k, (best > 0).to(s.dtype))
@@ -137,13 +142,14 @@ def match_linear(
                                                      F.relu(best[..., 0]))))
 
 # %% ../nbs/02_solver.ipynb #a1315ef9
+#| code-fold: true
 def match_entropic(
-    scores: Tensor,   # ... x K, a
+    scores: Tensor,   # ... x K, S
     mu,               # threshold, broadcasts to the scores
     # sharpness > 0, broadcasts to the scores; its mean over k is the sharpness of q
     epsilon,
 ) -> Assignment: # all masses positive; once differentiable in all arguments
-    """argmax of sum_k p_k (a_k - mu_k) - q log q / mean(epsilon) - sum_k p_k log p_k /
+    """argmax of sum_k p_k (S_k - mu_k) - q log q / mean(epsilon) - sum_k p_k log p_k /
     epsilon_k."""
     s, e = _margins(scores, mu, epsilon)
     e = torch.cat([e.mean(-1, keepdim=True), e], -1)
@@ -164,6 +170,7 @@ def match_entropic(
                                                      (lam + best)[..., 0])))
 
 # %% ../nbs/02_solver.ipynb #11cb5ae7
+#| code-fold: true
 def _excess(s, e, lam):
     "f(lam) of the price equation and the size of its slope."
     z = e * (s - lam)
@@ -171,11 +178,11 @@ def _excess(s, e, lam):
 
 # %% ../nbs/02_solver.ipynb #3291306b
 def match_quadratic(
-    scores: Tensor,  # ... x K, a
+    scores: Tensor,  # ... x K, S
     mu,              # threshold, broadcasts to the scores
     epsilon,         # sharpness > 0, broadcasts to the scores
-) -> Assignment: # p = epsilon ReLU(a - mu - lam), lam >= 0, lam q = 0; differentiable
-    """argmax of sum_k p_k (a_k - mu_k) - sum_k p_k**2 / (2 epsilon_k) over p, q >= 0
+) -> Assignment: # p = epsilon ReLU(S - mu - lam), lam >= 0, lam q = 0; differentiable
+    """argmax of sum_k p_k (S_k - mu_k) - sum_k p_k**2 / (2 epsilon_k) over p, q >= 0
     with q + sum_k p_k = 1."""
     s, e = _margins(scores, mu, epsilon)
     spent = (e * F.relu(s)).sum(-1, keepdim=True)
@@ -192,20 +199,22 @@ def match_quadratic(
                                                      F.relu(lam + best)[..., 0])))
 
 # %% ../nbs/02_solver.ipynb #e1b769a0
+#| code-fold: true
 class Matching(NamedTuple):
-    "A BN-ReLU read as c A = epsilon ReLU(sign a - mu), for K templates."
+    "A BN-ReLU read as c A = epsilon ReLU(sign S - mu), for K templates."
     mu: Tensor       # K, thresholds of the signed scores
     epsilon: Tensor  # K, sharpness > 0, with the factor c in it
     sign: Tensor     # K, 1, -1 (template flipped) or 0 (constant channel)
     c: Tensor        # scalar, the layer-wide scale
 
     def solve(self,
-        scores: Tensor,  # ... x K, a
+        scores: Tensor,  # ... x K, S
     ) -> Assignment:     # p = c A and lam = 0 in every row whose budget is slack
         "The quadratic matching problem that this BN-ReLU stands for."
         return match_quadratic(self.sign * scores, self.mu, self.epsilon)
 
 # %% ../nbs/02_solver.ipynb #c6110295
+#| code-fold: true
 def bn_to_matching(
     weight: Tensor | None,  # K, gamma; None is 1 (affine=False)
     bias: Tensor | None,    # K, beta; None is 0
@@ -233,6 +242,7 @@ def bn_to_matching(
                     epsilon, sign, c)
 
 # %% ../nbs/02_solver.ipynb #82a1270e
+#| code-fold: true
 def matching_to_bn(
     matching: Matching,  # K templates
     mean: Tensor,        # K, m of the signless scores
@@ -250,6 +260,7 @@ def matching_to_bn(
     return sign * epsilon * (var + eps).sqrt(), epsilon * (sign * mean - mu)
 
 # %% ../nbs/02_solver.ipynb #ab0f9c9f
+#| code-fold: true
 def _same_shape(**tensors):
     "Raise unless all are one-dimensional and of one length."
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -266,6 +277,7 @@ def _positive_scalar(c, like):
     return c
 
 # %% ../nbs/02_solver.ipynb #82f970ec
+#| code-fold: true
 def bn_statistics(
     bn,              # a torch batch norm over K channels
     scores: Tensor,  # ... x K, its input with channels last
@@ -278,6 +290,7 @@ def bn_statistics(
     return bn.running_mean, bn.running_var
 
 # %% ../nbs/02_solver.ipynb #6d7704dd
+#| code-fold: true
 def layer_scale(
     assigned: Tensor,  # ... x K, A >= 0, the output of BN-ReLU
 ) -> Tensor:           # scalar c; 1 where nothing is assigned at all

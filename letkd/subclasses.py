@@ -19,6 +19,7 @@ from .prototypes import Supervision, _check_labels, blocks, checked, distinct
 from .prototypes import kmeans, misfits, one_thread, sample
 
 # %% ../nbs/06_subclasses.ipynb #2864495a
+#| code-fold: true
 class Moments:
     """Counts, sums and products of the rows of each class, added up in float64
     (equation 1)."""
@@ -42,6 +43,7 @@ class Moments:
         self.products += x.numpy().T @ x.numpy()
 
 # %% ../nbs/06_subclasses.ipynb #f1056628
+#| code-fold: true
 @patch
 def scatter(self: Moments) -> tuple: # mean, B, W
     "The overall mean, the scatter between classes and the scatter within them."
@@ -53,6 +55,7 @@ def scatter(self: Moments) -> tuple: # mean, B, W
             self.products / n - np.outer(mean, mean) - between)
 
 # %% ../nbs/06_subclasses.ipynb #bd900d97
+#| code-fold: true
 def lda_map(between: np.ndarray, # B, C x C
             within: np.ndarray,  # W, C x C
             num_dims: int,       # the most dimensions to keep
@@ -80,13 +83,14 @@ def lda_map(between: np.ndarray, # B, C x C
     return directions * np.sign(largest), values
 
 # %% ../nbs/06_subclasses.ipynb #d7cbb99f
+#| code-fold: true
 def split_classes(z: Tensor,           # N x d
                   labels: Tensor,      # N class labels
                   num_classes: int,    # Y
-                  per_class: int = 8,  # S
+                  per_class: int = 8,  # J
                   max_iter: int = 50,  # Lloyd iterations
                   seed: int = 0,       # of the start
-                 ) -> Tensor:          # Y*S x d prototypes, class by class
+                 ) -> Tensor:          # Y*J x d prototypes, class by class
     "K-means within each class."
     prototypes = []
     for y in tqdm(range(num_classes), 'sub-classes', disable=None, leave=False,
@@ -100,6 +104,7 @@ def split_classes(z: Tensor,           # N x d
     return torch.cat(prototypes)
 
 # %% ../nbs/06_subclasses.ipynb #b8875f52
+#| code-fold: true
 def _project(rows: Tensor, mean: Tensor, projection: Tensor
             ) -> Tensor: # N x C, C, C x d -> N x d, z of equation 2
     x = precise(rows) - mean
@@ -129,7 +134,7 @@ def _count(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int,
 
 def transition_matrix(pieces: Iterable[tuple], # (z, labels)
                       prototypes: Tensor,      # K x d, class by class
-                      per_class: int,          # S
+                      per_class: int,          # J
                      ) -> tuple: # (M, K x K, rows sum to 1; pixels of each sub-class)
     """Share of the pixels of sub-class i that lie nearest to sub-class j
     (equation 4)."""
@@ -142,6 +147,7 @@ def transition_matrix(pieces: Iterable[tuple], # (z, labels)
     return (counts.double() / counts.sum(1, keepdim=True)).float(), sizes
 
 # %% ../nbs/06_subclasses.ipynb #cc494a3b
+#| code-fold: true
 class Remembered:
     """A stream that is read once and then repeated from memory, or read again each time
     where it does not fit."""
@@ -161,6 +167,7 @@ class Remembered:
         if size <= self.memory: self.kept = kept
 
 # %% ../nbs/06_subclasses.ipynb #842005bb
+#| code-fold: true
 def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
              num_classes: Optional[int]) -> tuple:
     moments = Moments()
@@ -181,12 +188,13 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
     return *tensors, len(counts)
 
 # %% ../nbs/06_subclasses.ipynb #34ecf92e
+#| code-fold: true
 class SubClasses(Supervision):
     """Targets that know which parts of classes the teacher confuses: rows of the
     transition matrix (equation 4)."""
     def __init__(self,
                  num_dims: int = 60, # d at most; 60 in letKD, 8 on CIFAR-10
-                 per_class: int = 8, # S, sub-classes in each class; 8 in letKD
+                 per_class: int = 8, # J, sub-classes in each class; 8 in letKD
                  # of K-means' start, and of the sample where one is needed
                  seed: int = 0,
                  max_iter: int = 50,                # Lloyd iterations in each class
@@ -202,11 +210,12 @@ class SubClasses(Supervision):
 
     @property
     def num_templates(self) -> int:
-        self._fitted(); return len(self.prototypes) # K = Y*S
+        self._fitted(); return len(self.prototypes) # K = Y*J
     def extra_repr(self) -> str:
         return f'num_dims={self.num_dims}, per_class={self.per_class}'
 
 # %% ../nbs/06_subclasses.ipynb #73629bf4
+#| code-fold: true
 @patch
 def fit(self: SubClasses,
         # re-iterable of (rows, labels); read once if it fits in `memory`
@@ -234,6 +243,7 @@ def fit(self: SubClasses,
     return self
 
 # %% ../nbs/06_subclasses.ipynb #bc46e0d4
+#| code-fold: true
 @patch
 @torch.no_grad()
 def project(self: SubClasses,
@@ -244,6 +254,7 @@ def project(self: SubClasses,
     return _project(rows, self.mean, self.projection).to(self.prototypes.dtype)
 
 # %% ../nbs/06_subclasses.ipynb #b11e9e7e
+#| code-fold: true
 @patch
 @torch.no_grad()
 def assign(self: SubClasses,
@@ -271,6 +282,7 @@ def target(self: SubClasses,
     return TableTarget(self.assign(rows, labels), self.transition)
 
 # %% ../nbs/06_subclasses.ipynb #c774b495
+#| code-fold: true
 @patch(as_prop=True)
 def class_of(self: SubClasses) -> Tensor: # K integers
     "The class of each sub-class."
@@ -296,6 +308,7 @@ def names(self: SubClasses,
             c in enumerate(y)]
 
 # %% ../nbs/06_subclasses.ipynb #4e3e2291
+#| code-fold: true
 @patch
 def _conflict(self: SubClasses, found: dict) -> str:
     shapes = dict(mean='C', projection='Cd', eigenvalues='E', prototypes='Kd',

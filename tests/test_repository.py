@@ -40,6 +40,7 @@ LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its c
               'data/batches.ipynb#c0937ddc': 'one class',
               'results/bench.ipynb#05d00190': 'one class',
               'runs/shipping.ipynb#64e02333': 'one function'} # 'notebook#cell id': why it is longer
+VISIBLE = 60  # lines of code that a chapter of the story shows without a click
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
 
 
@@ -158,6 +159,23 @@ def test_the_story_is_numbered_without_gaps():
             if n in STORY] == STORY, 'the sidebar has the chapters in their order'
 
 
+def is_visible(cell):
+    "Does the site show the source of a code cell at once? Folded cells take a click."
+    folded = r'^#\|\s*(echo:\s*false|code-fold:\s*true|default_exp)\b'
+    return not readme.is_hidden(cell) and not re.search(folded, readme.text(cell['source']), re.M)
+
+
+@pytest.mark.parametrize('name', STORY)
+def test_the_story_is_read_not_worked_through(name):
+    "What a newcomer needs to see of a chapter; errors, cross-checks and inner workings are folded."
+    shown = {c['id']: sum(bool(line.strip()) and not line.startswith('#|')
+                          for line in source.splitlines())
+             for c, source in cells(name, 'code') if is_visible(c)}
+    lines = sum(shown.values())
+    assert lines <= VISIBLE, \
+        f'{name} shows {lines} lines of code; fold some by `#| code-fold: true`: {shown}'
+
+
 @pytest.mark.parametrize('name', STORY)
 def test_a_chapter_needs_no_later_chapter(name):
     home = exporters()
@@ -245,7 +263,8 @@ def test_outputs_are_stored(name):
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_cells_are_read_in_one_glance(name):
-    size = {f"{name}#{c['id']}": sum(bool(line.strip()) for line in source.splitlines())
+    size = {f"{name}#{c['id']}": sum(bool(line.strip()) and not line.startswith('#| code-')
+                                       for line in source.splitlines())
             for c, source in cells(name, 'code')}
     long = {k: n for k, n in size.items() if n > LONGEST_CELL and k not in LONG_CELLS}
     assert not long, f'cells of more than {LONGEST_CELL} lines: {long}'
@@ -258,7 +277,8 @@ def test_lines_of_code_fit_their_column(name):
     width = NARROW if name in STORY or name.startswith('guides/') or name == 'index.ipynb' else WIDE
     long = [f"{name}#{c['id']} {len(line)}: {line.strip()[:60]}" for c,
             source in cells(name, 'code')
-            for line in source.splitlines() if len(line) > width]
+            for line in source.splitlines()
+            if len(line) > width and not re.match(r'#\| fig-(cap|alt): ', line)]
     assert not long, f'lines of more than {width} characters: {long}'
 
 
