@@ -8,7 +8,7 @@ __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'sweep_com
            'main']
 
 # %% ../nbs/cli.ipynb #d5be1984
-import argparse, json, os, shlex, sys, time
+import argparse, json, os, shlex, sys, time, warnings
 from pathlib import Path
 from typing import Optional
 
@@ -56,8 +56,10 @@ def run_command(name: str,                    # data set/teacher-student/method,
                          'digit_pairs/resnet56-resnet20/letkd2. What can stand in it: letkd '
                          'run --names')
     e = Experiment.named(name, recipe, seed=seed, **_settings(settings))
+    before = (Path(out)/e.folder/'record.json').exists()
     record = run(e, out, device, quiet, checkpoint_every, log)
-    print(f'{e.name} seed {e.seed}: top-1 {record["top1_last"]:.2f} % at the last epoch, '
+    print(f'{e.name} seed {e.seed}{", done before" if before else ""}: '
+          f'top-1 {record["top1_last"]:.2f} % at the last epoch, '
           f'{record["top1_best"]:.2f} % at the best '
           f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} '
           f's. Record: {Path(out)/e.folder/"record.json"}')
@@ -74,7 +76,7 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     """Print the records of a data set or a study as a table, and the published figures beside them
     where there are any."""
     from letkd.runs.recipes import DATASETS
-    from letkd.methods import nearest
+    from letkd.models.imports import nearest
     from letkd.results.published import beside, format_beside, plot_beside, published
     from letkd.results.tables import format_table, plot_table, read_records, summary
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
@@ -344,6 +346,7 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
     "Draw what the demo's networks found."
     from letkd.results import analysis
     from letkd.data.batches import Batches
+    from letkd.data.files import make_folder
     from letkd.runs.running import load_run
     known, unseen = (e.load(split).subset(slice(3000)) for split in ('train', e.eval_split))
     distiller, folder = load_run(e, out, device), Path(out)/'figures'
@@ -352,7 +355,7 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
                  assignments=_templates(distiller, known, unseen, on_device),
                  transitions=_subclasses(distiller, known, on_device),
                  curves=(analysis.learning_curves(records), 'top-1 against epochs'))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, (figure, _) in about.items(): figure.savefig(folder/f'{name}.png', dpi=120)
     return [f'{folder/name}.png: {text}' for name, (_, text) in about.items()]
 
@@ -605,6 +608,7 @@ def main(args: Optional[list] = None
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     given = vars(parser().parse_args(args))
     call = given.pop('call'); given.pop('command')
+    plain, warnings.formatwarning = warnings.formatwarning, lambda said, *_: f'letkd: {said}\n'
     try:
         _call(call, **given)
         sys.stdout.flush()
@@ -619,6 +623,7 @@ def main(args: Optional[list] = None
     except _ERRORS as e:
         print(f'letkd: {_text(e)}', file=sys.stderr)
         return 2
+    finally: warnings.formatwarning = plain
     return 0
 
 # %% ../nbs/cli.ipynb #f935e997

@@ -76,6 +76,8 @@ _FREE = defaultdict(list) # (rows, K, type): memory that no tile uses now
 def _spaced(u: Tensor, rows: int, k: int) -> Tensor: # rows x K, in the type of u, not filled
     return u.new_empty(rows, k + 16)[:, :k]
 
+def _zeros(u: Tensor, rows: int, k: int) -> Tensor: return _spaced(u, rows, k).zero_()
+
 def _give_back(free: list, memory: Tensor, safe):
     if safe and len(free) * memory.nbytes < 2**28: free.append(memory)
 
@@ -200,8 +202,8 @@ class _Loss(torch.autograd.Function):
     "Supervision of scores u wᵀ (bits) by a teacher, with its gradient."
     @staticmethod
     def forward(ctx, u, w, teacher, calm): # N x C, K x C -> scalar
-        du, dw, kl, taught = (torch.empty_like(u), _spaced(u, *w.T.shape).zero_(),
-                              u.new_empty(len(u), 1), any(ctx.needs_input_grad))
+        du, dw, kl = torch.empty_like(u), _zeros(u, *w.T.shape), u.new_empty(len(u), 1)
+        taught = any(ctx.needs_input_grad)
         for i, j, s, p, t in _tiles(u, w, 3):
             torch.mm(u[i:j], w.T, out=s)
             kl[i:j], more = _supervise(s, t, teacher, i, j, p, t, calm)
@@ -243,8 +245,8 @@ def _value_back(d, pull, V, a, z, dV) -> Tensor: # gradient at the output of BN,
 def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept
               ) -> tuple: # gradients of u, w (as C x K), gain, bias, V
     "Backward pass from kept scores and loss gradients (equation 7)."
-    du, (dgain, dbias), (dw, dV) = (torch.empty_like(u), gain.new_zeros(2, len(w)),
-                                    (_spaced(u, *V.shape).zero_() for _ in 'wV'))
+    du, dw, dV = torch.empty_like(u), _zeros(u, *V.shape), _zeros(u, *V.shape)
+    dgain, dbias = gain.new_zeros(2, len(w))
     for (i, j, a, z), s, more in zip(_tiles(u, w, 2), kept[::2], kept[1::2]):
         _value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV)
         dbias += z.sum(0)
@@ -255,10 +257,9 @@ def _fast_back(u, w, gain, mean, offset, V, d, pull, f, kept
 # %% ../nbs/fused.ipynb #f31b84d2
 def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: # as `_fast_back`
     "Backward pass with scores computed again, or kept where there is no teacher (equation 8)."
-    du, dbias, (q, dV) = torch.empty_like(u), torch.zeros_like(gain), (_spaced(u, *V.shape).zero_()
-                                                                       for _ in 'qV')
-    centre, gw, ones, kept = (u.sum(0) / max(len(u), 1), gain[:, None] * w, u.new_ones(len(u)),
-                              iter(kept))
+    du, q, dV = torch.empty_like(u), _zeros(u, *V.shape), _zeros(u, *V.shape)
+    dbias, gw, ones = torch.zeros_like(gain), gain[:, None] * w, u.new_ones(len(u))
+    centre, kept = u.sum(0) / max(len(u), 1), iter(kept)
     c = u - centre
     for i, j, a, z in _tiles(u, w, 2):
         s = next(kept, None)
@@ -279,8 +280,7 @@ class _Matching(torch.autograd.Function):
     def forward(ctx, u, w, gain, mean, bias, V, teacher, calm, lean, safe):
         learns, offset = any(ctx.needs_input_grad), torch.addcmul(bias, gain, mean, value=-1)
         ctx.fresh = 0 if lean or not learns else 2 if teacher else 1
-        early = ([torch.empty_like(u), _spaced(u, *V.shape).zero_()] if teacher and learns
-                 and lean else [])
+        early = [torch.empty_like(u), _zeros(u, *V.shape)] if teacher and learns and lean else []
         V = _spaced(u, *V.shape).copy_(V)
         y, inverse, kl, kept = _match(u, w, gain, offset, V, teacher, calm, ctx.fresh, early, safe)
         ctx.per_row, ctx.early = teacher and 1 / (_BITS * max(len(u), 1)), len(early)

@@ -20,7 +20,8 @@ from ..data.files import Pickled, read_tensors, read_torch
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import own_names, own_network, timm_network, torchvision_names
-from .others import torchvision_network, torchvision_weights, unknown_network
+from .others import torchvision_network, torchvision_weights
+from .imports import OWN, nearest
 from .resnet import padded_resnet, resnet
 from .resnet50 import resnet50
 from .shufflenet import shufflenetv1, shufflenetv2
@@ -79,8 +80,8 @@ def _find(name):
             raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; expected numbers '
                              'up to 2000')
         return family, arguments
-    hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else ''
-    raise unknown_network(name, model_names(), hint)
+    hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else OWN
+    raise nearest('network', name, model_names(), hint)
 
 def _build(name, num_classes):
     family, arguments = _find(name)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COSTS', 'TRAINING', 'pooled', 'lda_probe', 'intermediate_probe', 'probe_run', 'multiply_adds',
-           'seconds_per_image', 'layer_costs', 'format_costs', 'random_fit', 'step_seconds', 'letkd2_sizes']
+           'side_by_side', 'layer_costs', 'format_costs', 'random_fit', 'step_seconds', 'letkd2_sizes']
 
 # %% ../../nbs/results/probes.ipynb #3163b27c
 import copy, json, time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Optional
 
@@ -122,24 +123,29 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
     return found
 
 # %% ../../nbs/results/probes.ipynb #0b2590f5
-def _seconds(work, cuda: bool) -> float: # of a function; of processor time on a CPU
-    wait, clock = ((torch.cuda.synchronize, time.perf_counter) if cuda
-                   else (lambda: None, time.process_time))
-    wait()
-    start = clock()
-    work()
-    wait()
-    return clock() - start
+def _now(device: torch.device) -> float: # seconds
+    if device.type == 'cuda': torch.cuda.synchronize(device)
+    return (time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1
+            else time.perf_counter())
 
-def seconds_per_image(models: dict,     # {name: network}, on one device
-                      images: Tensor,   # B x 3 x H x W, on the same device
-                      rounds: int = 15, # that are counted
-                     ) -> dict:         # {name: seconds}, medians
-    "How long a forward pass takes in eval mode, the networks in turn."
-    def once(model):
-        with evaluating(model): return _seconds(lambda: model(images), images.is_cuda)
-    times = [[once(model) for model in models.values()] for _ in range(rounds + 1)][1:]
-    return dict(zip(models, (np.median(times, 0) / len(images)).tolist()))
+def side_by_side(forms: dict,          # {name: function without arguments}
+                 device: torch.device, # that it works on
+                 seconds: float = 3.,  # to spend on all of it, once every form had its turns
+                 least: int = 3,       # turns of each form
+                 most: int = 25,       # turns of each form
+                 warm: bool = True,    # one call of each before, not timed
+                ) -> dict:             # {name: dict(seconds: median, low, high: quartiles, turns)}
+    "Time functions in turns."
+    for f in forms.values() if warm else (): f()
+    times, start = [], time.perf_counter()
+    while len(times) < least or (len(times) < most and time.perf_counter() - start < seconds):
+        times.append([])
+        for f in forms.values():
+            before = _now(device); f()
+            times[-1].append(_now(device) - before)
+    quartiles = zip(*np.quantile(times, (.5, .25, .75), axis=0).tolist())
+    return {name: dict(zip(('seconds', 'low', 'high'), q), turns=len(times)) for name,
+            q in zip(forms, quartiles)}
 
 # %% ../../nbs/results/probes.ipynb #734396f1
 SHAPES = dict(cifar10=(10, 32), cifar100=(100, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
@@ -179,8 +185,11 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
 def _cost(plain: nn.Module, tap: str, templates: int, images: Tensor, rounds: int) -> dict:
     model = _with_layer(plain, tap, templates, images)
     ((path, layer),), adds = kd_layers(model).items(), multiply_adds(model, images)
-    seconds = seconds_per_image(dict(plain=plain, layer=model, folded=folded(model)),
-                                images, rounds)
+    forms = dict(plain=plain, layer=model, folded=folded(model))
+    with torch.no_grad():
+        found = side_by_side({name: partial(net, images) for name, net in forms.items()},
+                             images.device, seconds=0, least=rounds)
+    seconds = {name: turns['seconds'] / len(images) for name, turns in found.items()}
     own = dict(parameters=sum(p.numel() for p in layer.parameters()), multiply_adds=adds.pop(path))
     whole = dict(parameters=sum(p.numel() for p in plain.parameters()),
                  multiply_adds=sum(adds.values()))
@@ -249,18 +258,14 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     distiller = Distiller(student, teacher, terms).to(device).train()
     fold_teacher(distiller)  # as experiments do
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
-    times = [_step(distiller, optimiser, data) for _ in range(steps + 1)][1:]
-    second, seen = (float(np.median(times)),
-                    TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs)
-    return dict(name=name, step=second, batch=size, image=second / size,
-                days=second / size * seen / 86400)
-
-def _step(distiller: Distiller, optimiser, data: tuple) -> float: # seconds
-    def work():
+    def step():
         optimiser.zero_grad()
         sum(distiller(*data, .5)[1].values()).backward()
         optimiser.step()
-    return _seconds(work, data[0].is_cuda)
+    second = side_by_side(dict(step=step), data[0].device, 0, steps)['step']['seconds']
+    seen = TRAINING[e.dataset] // e.batch_size * e.batch_size * e.epochs
+    return dict(name=name, step=second, batch=size, image=second / size,
+                days=second / size * seen / 86400)
 
 # %% ../../nbs/results/probes.ipynb #8d2f6a11
 def letkd2_sizes(student: str,          # a name that `create_model` knows

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 import letkd
 from ..runs.recipes import RECIPES
 from ..runs.experiments import Experiment
-from ..methods import method_options, nearest
+from ..methods import method_options
+from ..models.imports import nearest
 from .tables import block, new_figure, row_of, shown, unusual
 
 # %% ../../nbs/results/published.ipynb #2ee432aa
@@ -177,8 +178,8 @@ def _study(name: str
     kind, _, short = name.rpartition('/')
     if kind == 'ablation' and short in ABLATIONS: return ABLATIONS[short], short
     if kind or not len(published(name)):
-        raise nearest('study', name, [*published().dataset.unique(),
-                                      *(f'ablation/{a}' for a in ABLATIONS), 'ablation/cost'])
+        studies = [*published().dataset.unique(), *(f'ablation/{a}' for a in (*ABLATIONS, 'cost'))]
+        raise nearest('study', name, studies, '; runs of other data sets: letkd run')
     return None, ''
 
 def _rows(name: str) -> list: # of (pair, method, options)

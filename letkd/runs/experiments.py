@@ -17,8 +17,8 @@ from fastcore.basics import patch
 # %% ../../nbs/runs/experiments.ipynb #65787004
 from ..data.batches import PADDINGS, Batches, Images
 from ..data.imagenet import Photos
-from ..methods import addends, method_options, nearest
-from ..models.imports import IMPORTED, versions
+from ..methods import addends, method_options
+from ..models.imports import IMPORTED, nearest, versions
 from ..models.pairs import pair_taps
 from ..models.zoo import outline
 from .recipes import DATASETS, RECIPES, _original
@@ -86,9 +86,10 @@ def _taps(value, default: tuple
     return ([*map(type, value)] == [str, str] if isinstance(default[0], str)
             else all(_taps(v, default[0]) for v in value))
 
-def _misfit(key: str, value, kind) -> ValueError:
-    return ValueError(f'{key}: found {value!r:.80}; expected '
-                      f'{kind.__name__ if isinstance(kind, type) else kind}'.replace('typing.', ''))
+def _misfit(key: str, value, kind) -> ValueError: # kind: a type, several, or words
+    words = kind if isinstance(kind, str) else ' or '.join(
+        'None' if k is type(None) else k.__name__ for k in get_args(kind) or [kind])
+    return ValueError(f'{key}: found {value!r:.80}; expected {words}')
 
 # %% ../../nbs/runs/experiments.ipynb #9fc50b92
 def _check_fields(e: Experiment):

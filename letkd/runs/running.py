@@ -257,14 +257,14 @@ class Renormalise(nn.Module):
         return x * self.gain + self.shift # B x 3 x H x W, both
 
 # %% ../../nbs/runs/running.ipynb #f4042ef7
-def _top1_of(e: Experiment, teacher: nn.Module, images, out, quiet: bool) -> float: # percent
+def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
     "How good a teacher from a file is; a run that is done says it in its record."
     if done := agreed(lambda: _finished(Path(out)/e.folder)): return done.get('teacher_top1')
     top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500,
                                                          share=(rank(), processes())))['top1']
     said, chance = (f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, '
                     f'{e.eval_split}', 100 / len(images.classes))
-    if not quiet and rank() == 0: print(said, flush=True)
+    if rank() == 0: print(said, flush=True)  # a result, even where progress is not wanted
     if top1 < min(3 * chance, (100 + chance) / 2):
         other = "None, the data set's own" if e.teacher_normalisation else "'imagenet', say"
         warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images '
@@ -281,7 +281,11 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, 
     if path is None:
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
         path = Path(out)/e.of_teacher().folder/'student.safetensors'
-    teacher = channels_last(create_model(e.teacher, classes, checkpoint=path).to(device).eval())
+    try: teacher = create_model(e.teacher, classes, checkpoint=path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
+                                f'weights of {e.teacher} ({error})') from None
+    teacher = channels_last(teacher.to(device).eval())
     if e.teacher_checkpoint is None:
         return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
     images = e.load(e.eval_split)
@@ -289,7 +293,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, 
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
         insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
     return teacher, dict(teacher_hash=weights_hash(teacher),
-                         teacher_top1=_top1_of(e, teacher, images.to(device), out, quiet))
+                         teacher_top1=_top1_of(e, teacher, images.to(device), out))
 
 # %% ../../nbs/runs/running.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
