@@ -39,6 +39,7 @@ LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its c
               'data/batches.ipynb#c0937ddc': 'one class', 'results/bench.ipynb#05d00190': 'one class',
               'runs/shipping.ipynb#64e02333': 'one function'}  # 'notebook#cell id': why it is longer
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
+WIDE_TABLES = {'02_solver.ipynb#8100fbf5', '02_solver.ipynb#19c2beb7'}  # nine statistics of a row
 CAPTION = re.compile(r'#\| label: (fig-[\w-]+)\n#\| fig-cap: .+\n#\| fig-alt: .+\n')  # nbdev keeps no second line of either
 
 
@@ -257,7 +258,7 @@ def test_text_tables_are_no_wider_than_the_page(name):
     text = [(c['id'], readme.text(o.get('text') or o['data'].get('text/plain', ''))) for c, _ in cells(name, 'code')
             for o in c['outputs'] if not {'text/html', 'text/markdown'} & set(o.get('data', {}))]
     wide = {i for i, said in text for line in said.splitlines()
-            if len(line) > WIDE and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
+            if f'{name}#{i}' not in WIDE_TABLES and len(line) > WIDE and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
     assert not wide, f'{name}: the tables of cells {sorted(wide)} are wider than {WIDE} columns'
 
 
