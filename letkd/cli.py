@@ -301,7 +301,8 @@ PAIR = 'digit_pairs/resnet14-resnet8x0.5'
 METHODS = ('student', 'kd', 'quest', 'letkd1', 'letkd2')
 LONG = dict(epochs=30, teacher_epochs=30)
 
-def demo_experiments(seeds: int = 1, long: bool = False
+def demo_experiments(seeds: int = 1,     # runs of each method
+                     long: bool = False, # the longer schedule
                     ) -> list: # of `Experiment`s, in the order in which they run
     "What the demo runs; each distils from the one teacher."
     from letkd.runs.experiments import Experiment
@@ -468,7 +469,8 @@ def _run_arguments(commands):
 
 # %% ../nbs/cli.ipynb #9f50e7ab
 _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, '
-            '/subclasses, /naive, /probe, /cost')
+            '/subclasses, /naive, /probe, /cost, claims/main, /wide, /methods, /embedding, '
+            '/subclasses, /kernels, /hints, /prototypes, /long')
 
 def _elsewhere(parser):
     parser.add_argument('--dataset', default='', help="of a study: on this data set (default: the "
@@ -561,8 +563,7 @@ def _import(parser, dest: str, default):
                         'may be repeated')
 
 # %% ../nbs/cli.ipynb #ababdff3
-def parser() -> argparse.ArgumentParser:
-    # with a subparser for each command, whose `call` is the function above
+def parser() -> argparse.ArgumentParser: # with one for each command; `call` is its function
     "The arguments of `letkd`."
     p = argparse.ArgumentParser('letkd', description='Knowledge distillation layers that let the '
                                 'student decide.')
@@ -601,8 +602,8 @@ def _equal_bits():
     torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/cli.ipynb #e5c07cb6
-def main(args: Optional[list] = None
-        ) -> int: # of strings; None: those of the process. Returns the exit code
+def main(args: Optional[list] = None # of strings; None: those of the process
+        ) -> int: # the exit code
     "The command `letkd`."
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the signs of a table, such as ±
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')

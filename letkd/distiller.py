@@ -81,9 +81,7 @@ class Term(nn.Module):
     # does it compare logits, so that student and teacher must know the same classes?
     same_classes = False
 
-    def silent(self, batch: Batch) -> bool:
-        # is its loss a zero without a gradient in this step, and meant to be?
-        return False
+    def silent(self, batch: Batch) -> bool: return False # is its loss 0 in this step?
     def targets(self, maps: Maps, batch: Batch) -> dict:
         return {} # {tap of a layer: its target}; the teacher has run
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
@@ -129,8 +127,8 @@ class _Function(nn.Module):
     def __init__(self, function: Callable): super().__init__(); self.function = function
     def forward(self, images): return self.function(images)
 
-def as_module(teacher
-             ) -> Optional[nn.Module]: # a network, a function of images, or None
+def as_module(teacher # a network, a function of images, or None
+             ) -> Optional[nn.Module]: # the network
     "A teacher as a module."
     if teacher is None or isinstance(teacher, nn.Module): return teacher
     if callable(teacher): return _Function(teacher)
@@ -268,8 +266,7 @@ def _is_plain(images, labels, index) -> bool: # nothing to do?
 
 @patch
 def batch(self: Distiller, images, labels=None, index=None, progress=0.,
-          after_epoch=None) -> Batch:
-    # as of `forward`
+          after_epoch=None) -> Batch: # arguments as of `forward`
     "What the terms see, from whatever the loader gives."
     if _is_plain(images, labels, index):
         return Batch(images, labels, index, progress, after_epoch)
@@ -330,7 +327,8 @@ def _check_exported(model: nn.Module):
 
 # %% ../nbs/07_distiller.ipynb #a91d9c41
 @patch
-def targets(self: Distiller, images: Tensor, labels: Optional[Tensor] = None
+def targets(self: Distiller, images: Tensor, # B x 3 x H x W
+            labels: Optional[Tensor] = None, # B, where a supervision needs them
            ) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
     return self._targets(Maps(), self.batch(images, labels))
@@ -474,7 +472,8 @@ class CrossEntropy(Term):
         return F.cross_entropy(z, batch.labels.to(z.dtype))
 
 # %% ../nbs/07_distiller.ipynb #78a10e8e
-def soften(maps: Maps, temperature: float
+def soften(maps: Maps,         # with the logits of both
+           temperature: float, # T
           ) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
     "Log-probabilities of teacher and student at a temperature."
     s, t = maps.student_logits, maps.teacher_logits
@@ -487,11 +486,13 @@ def soften(maps: Maps, temperature: float
                                dim=1) for z in (t, s))
 
 class KD(Term):
-    """Softened logits (Hinton et al., 2015); weight .9 with .1 cross-entropy alone, weight 1
+    """Softened logits (Hinton et al., 2015); weight .9 with .1 cross-entropy alone, 1
     in sums, as in the CRD paper's tables."""
     same_classes = True
-    def __init__(self, weight: float = 1., temperature: float = 4.):
-        # factor in the total loss; T
+    def __init__(self,
+                 weight: float = 1.,      # factor in the total loss
+                 temperature: float = 4., # T
+                ):
         super().__init__('kd', weight)
         self.temperature = temperature
 
@@ -515,7 +516,7 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
 
 # %% ../nbs/07_distiller.ipynb #6223ca24
 class DKD(Term):
-    """Decoupled KD (Zhao et al., 2022): min(after_epoch / warmup, 1) T² (alpha TCKD + beta
+    """Decoupled KD (Zhao et al., 2022): min(after_epoch / warmup, 1) T² (α TCKD + β
     NCKD)."""
     same_classes = True
     def __init__(self,
@@ -559,7 +560,7 @@ class SupervisedLayer(Term):
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.grid, self.supervision = grid, supervision
 
-    def targets(self, maps: Maps, batch: Batch) -> dict:
+    def targets(self, maps: Maps, batch: Batch) -> dict: # {student tap: target}
         t = rows(maps.teacher[self.teacher_tap], self.grid)
         labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
         return {self.student_tap: self.supervision.target(t, labels)}
@@ -622,8 +623,9 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
 
 # %% ../nbs/07_distiller.ipynb #4067f49c
 @patch
-def place(self: Setup, side: str, tap: str) -> tuple:
-    # (the tap with its layout, channels, (h, w)); of 'student' or 'teacher'
+def place(self: Setup, side: str, # 'student' or 'teacher'
+          tap: str
+         ) -> tuple: # (the tap with its layout, channels, (h, w))
     """Found by showing two images to a network in eval mode; a layout B x C x H x W is
     not named."""
     model, images = getattr(self, side), self.first[0][:2]

@@ -217,7 +217,7 @@ def _check_supervised(targets: dict, losses: Losses):
 
 # %% ../nbs/04_layer.ipynb #4e1c0a03
 @contextmanager
-def supervised(targets: dict
+def supervised(targets: dict # {layer: its target}
               ) -> Iterator[Losses]: # {layer: its loss}, filled while the student runs
     """Within this block each layer of `targets` (a dict layer: target) is supervised
     once, wherever it stands."""
@@ -261,15 +261,18 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
 class FoldedKDLayer(nn.Module):
     """Inference form of a `KDLayer`: two products, BN folded and weights normalised
     once (equation 2)."""
-    def __init__(self, weight: Tensor, bias: Tensor, semantics: Tensor):
-        # W' K x C, b' K, V' C x K
+    def __init__(self,
+                 weight: Tensor,    # W', K x C
+                 bias: Tensor,      # b', K
+                 semantics: Tensor, # V', C x K
+                ):
         super().__init__()
         for name, v in dict(weight=weight, bias=bias, semantics=semantics).items():
             self.register_buffer(name, v.detach().clone())
 
     def forward(self, x: Tensor
                ) -> Tensor: # B x C x H x W or B x N x C; features like `x`
-        """Add the embedding of what matched; in tiles where they are faster (equation 1),
+        """Add the embedding of what matched; in tiles where faster (equation 1),
         and nobody asks for a graph."""
         if isinstance(x, fx.Proxy): return _node(self, x)
         last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x

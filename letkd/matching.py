@@ -15,8 +15,8 @@ from torch import Tensor
 import torch.nn.functional as F
 
 # %% ../nbs/03_matching.ipynb #0d351312
-def precise(x: Tensor
-           ) -> Tensor: # `x` in float32, or unchanged where it is float32 or float64
+def precise(x: Tensor # of any floating type
+           ) -> Tensor: # in float32, or unchanged where it is float64
     """Normalisation, softmax and statistics are computed in float32 at least, on every
     device."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -313,8 +313,10 @@ class KMeansPrototypes(Supervision):
     def extra_repr(self) -> str:
         return f'num_prototypes={self.num_prototypes}, tau={self.tau:g}'
 
-    def fit(self, stream: Iterable):
-        # (rows, labels) pairs, read once; labels are not looked at
+    def fit(self,
+            stream: Iterable, # of (rows, labels), read once; labels are not looked at
+           ):
+        "Learn from the teacher's rows; returns self."
         devices = set()
         rows, = sample(checked(stream, progress='teacher features', devices=devices),
                        self.memory, self.seed)
@@ -380,8 +382,10 @@ class KernelPrototypes(Supervision):
     def num_templates(self) -> int: self._fitted(); return len(self.mean)
     def extra_repr(self) -> str: return f'tau={self.tau:g}, whiten={self.whiten}'
 
-    def fit(self, stream: Iterable):
-        # (rows, labels) pairs, read once; labels are not looked at
+    def fit(self,
+            stream: Iterable, # of (rows, labels), read once; labels are not looked at
+           ):
+        "Learn from the teacher's rows; returns self."
         n, shift = 0, None
         for rows, in blocks(checked(stream, progress='teacher responses')):
             if shift is None: shift, total, squares = rows[0].double(), 0., 0.

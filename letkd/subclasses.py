@@ -208,8 +208,11 @@ class SubClasses(Supervision):
 
 # %% ../nbs/06_subclasses.ipynb #73629bf4
 @patch
-def fit(self: SubClasses, stream: Iterable):
-    # re-iterable of (rows, labels); read once if it fits in `memory`, else three times
+def fit(self: SubClasses,
+        # re-iterable of (rows, labels); read once if it fits in `memory`
+        stream: Iterable,
+       ):
+    "Learn from the teacher's rows and their classes; returns self."
     if iter(stream) is stream:
         raise TypeError('SubClasses.fit: found an iterator, readable once; expected a '
                         'list or letkd.taps.stream')

@@ -311,8 +311,10 @@ class Inserted:
 # %% ../nbs/taps.ipynb #04cb873e
 class Placed(nn.Module):
     "A layer of maps B x C x H x W among tensors of another layout."
-    def __init__(self, layer: nn.Module, layout: Layout):
-        # takes and gives maps; how they lie in the tensors
+    def __init__(self,
+                 layer: nn.Module, # takes and gives maps
+                 layout: Layout,   # how they lie in the tensors
+                ):
         super().__init__()
         self.layer, self.layout = layer, layout
 

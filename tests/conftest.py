@@ -11,8 +11,10 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERATED = ('.git', '__pycache__', '*.pyc', '*.egg-info', 'build', 'dist', '.venv', '.pytest_cache', '.hypothesis',
-             '.ipynb_checkpoints', '.last_checked', '.quarto', '_proc', '_docs', 'nbdev.yml', 'PKG-INFO', 'setup.cfg')
+GENERATED = ('.git', '__pycache__', '*.pyc', '*.egg-info', 'build', 'dist', '.venv',
+             '.pytest_cache', '.hypothesis',
+             '.ipynb_checkpoints', '.last_checked', '.quarto', '_proc', '_docs', 'nbdev.yml',
+             'PKG-INFO', 'setup.cfg')
 
 # The same examples in every run, and no deadline: the machine may be busy.
 settings.register_profile('repeatable', deadline=None, derandomize=True, database=None)
@@ -20,10 +22,12 @@ settings.load_profile('repeatable')
 
 
 def project_files():
-    "The files of the project: git's view of them, or in an unpacked sdist everything that no tool has generated."
+    """The files of the project: git's view of them, or in an unpacked sdist everything that no tool
+    has generated."""
     if (ROOT/'.git').exists() and shutil.which('git'):
         cmd = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
-        names = subprocess.run(cmd, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split('\0')
+        names = subprocess.run(cmd, cwd=ROOT, check=True, capture_output=True,
+                               text=True).stdout.split('\0')
         paths = [Path(n) for n in names if n]
     else: paths = [p.relative_to(ROOT) for p in ROOT.rglob('*')]
     made = lambda p: any(fnmatch(part, pattern) for part in p.parts for pattern in GENERATED)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 PAIR = 'digit_pairs/resnet8-resnet8x0.5'
 SMALL = dict(epochs=5, teacher_epochs=1, train_size=600, eval_split='valid')
-OPTIONS = dict(letkd2=dict(num_prototypes=16, num_dims=10, per_class=2), crd=dict(num_negatives=32), ab=dict(alone=.5), ce={})
+OPTIONS = dict(letkd2=dict(num_prototypes=16, num_dims=10, per_class=2), crd=dict(num_negatives=32),
+               ab=dict(alone=.5), ce={})
 MAY_DIFFER = ('seconds', 'time', 'commit', 'dirty')
 
 
@@ -31,7 +32,9 @@ def server():
     "A context whose processes have everything imported and the images made, and one thread each."
     context, before = multiprocessing.get_context('forkserver'), dict(os.environ)
     context.set_forkserver_preload(['letkd.cli', 'letkd.results.tables', 'lives', 'pytest'])
-    os.environ |= dict(OMP_NUM_THREADS='1', LIVES='warm', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+    os.environ |= dict(OMP_NUM_THREADS='1', LIVES='warm',
+                       PYTHONPATH=os.pathsep.join([str(Path(__file__).parent),
+                                                   *filter(None, sys.path)]))
     try: forkserver.ensure_running()
     finally: os.environ.clear(), os.environ.update(before)
     return context
@@ -52,7 +55,8 @@ def call(module, name, *args, **options):
 
 
 def command(args, said=os.devnull, place=None, largest_file=None):
-    "The command `letkd`, as a process that leaves with the command's code. What it says on stderr is added to the file `said`."
+    """The command `letkd`, as a process that leaves with the command's code. What it says on stderr
+    is added to the file `said`."""
     import torch
     from letkd.cli import main
     torch.set_num_threads(1)
@@ -60,7 +64,8 @@ def command(args, said=os.devnull, place=None, largest_file=None):
     if largest_file:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    with open(said, 'a') as err, redirect_stdout(io.StringIO()), redirect_stderr(err): code = main(args)
+    with open(said, 'a') as err, redirect_stdout(io.StringIO()), redirect_stderr(err):
+        code = main(args)
     os._exit(code)
 
 
@@ -69,7 +74,8 @@ def places(count):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    return [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) for i in range(count)]
+    return [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1',
+                 MASTER_PORT=str(port)) for i in range(count)]
 
 
 def result(folder):
@@ -82,4 +88,5 @@ def result(folder):
     return dict(student=student, record=without(record), metrics=list(map(without, rows)))
 
 
-def folder_of(method, out): return next(p.parent for p in Path(out).rglob('config.json') if method in p.parts)
+def folder_of(method, out):
+    return next(p.parent for p in Path(out).rglob('config.json') if method in p.parts)

@@ -11,7 +11,9 @@ NOTE = '<!-- Written from nbs/index.ipynb by `python tests/readme.py`: edit the 
 def text(source): return source if isinstance(source, str) else ''.join(source)
 
 
-def is_hidden(cell): return bool(re.search(r'^#\|\s*(hide|exporti?|default_exp|include:\s*false)\b', text(cell['source']), re.M))
+def is_hidden(cell):
+    return bool(re.search(r'^#\|\s*(hide|exporti?|default_exp|include:\s*false)\b',
+                          text(cell['source']), re.M))
 
 
 def outputs(cell):

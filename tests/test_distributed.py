@@ -22,7 +22,8 @@ def server(): return lives.server()
 def together(server, target, count, *args, **options):
     "Run a function in some processes that are one group; their exit codes."
     call = target.__module__, target.__name__, *args
-    members = [server.Process(target=lives.call, args=call, kwargs=dict(options, place=place)) for place in lives.places(count)]
+    members = [server.Process(target=lives.call, args=call, kwargs=dict(options, place=place))
+               for place in lives.places(count)]
     for m in members: m.start()
     for m in members: m.join(300)
     return [m.exitcode for m in members]
@@ -62,18 +63,24 @@ def by_two(out, place):
             found = evaluate(training.distiller.student, unseen(e, (rank(), processes())))
             weights = training.distiller.state_dict()
             rows = [{k: v for k, v in row.items() if k != 'seconds'} for row in training.history]
-            same = gathered([rows, {k: v.sum().item() for k, v in training.distiller.named_parameters()}])
+            same = gathered([rows, {k: v.sum().item() for k,
+                                    v in training.distiller.named_parameters()}])
             assert same[0] == same[1], 'the processes have drifted apart'
-            if not rank(): torch.save(dict(weights=weights, history=training.history, found=found), Path(out)/f'{method}.pt')
+            if not rank():
+                torch.save(dict(weights=weights, history=training.history, found=found),
+                           Path(out)/f'{method}.pt')
 
 
 def by_halves(training, batches):
-    "One process, two halves of each batch one after the other; the running statistics are those of the first half."
+    """One process, two halves of each batch one after the other; the running statistics are those
+    of the first half."""
     import torch
     from torch import nn
-    student, norms = training.distiller, [m for m in training.distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    student, norms = training.distiller, [m for m in training.distiller.modules()
+                                          if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for images, labels, index in batches:
-        progress, rows = (training.epoch + training.meter.step / training.steps) / training.epochs, []
+        progress, rows = ((training.epoch + training.meter.step / training.steps) / training.epochs,
+                          [])
         training.optimiser.zero_grad()
         for half in (slice(0, 32), slice(32, 64)):
             kept = [copy.deepcopy(m._buffers) for m in norms]
@@ -82,7 +89,8 @@ def by_halves(training, batches):
             rows.append((losses, logits))
             if half.start:
                 for m, b in zip(norms, kept): m._buffers.update(b)
-        training.meter.add({k: (rows[0][0][k] + rows[1][0][k]) / 2 for k in rows[0][0]}, torch.cat([r[1] for r in rows]), labels)
+        training.meter.add({k: (rows[0][0][k] + rows[1][0][k]) / 2 for k in rows[0][0]},
+                           torch.cat([r[1] for r in rows]), labels)
         training.optimiser.step()
         training.lr, = training.schedule.get_last_lr()
         training.schedule.step()
@@ -101,12 +109,17 @@ def test_two_processes_equal_two_halves(server, tmp_path):
         one.distiller.train()
         for _ in range(2): by_halves(one, one.batches)
         for a, b in zip(one.history, two['history']):
-            assert {k: v for k, v in a.items() if k != 'seconds'} == pytest.approx({k: v for k, v in b.items() if k != 'seconds'}, rel=1e-4)
+            assert {k: v for k, v in a.items()
+                    if k != 'seconds'} == pytest.approx({k: v for k, v in b.items()
+                                                         if k != 'seconds'}, rel=1e-4)
         theirs = two['weights']
         for name, x in one.distiller.student.state_dict().items():
-            torch.testing.assert_close(theirs[f'student.{name}'], x, atol=2e-4, rtol=2e-3, msg=lambda m: f'{method} {name}: {m}')
-        one.distiller.student.load_state_dict({k.removeprefix('student.'): v for k, v in theirs.items() if k.startswith('student.')})
-        assert evaluate(one.distiller.student, unseen(e)) == pytest.approx(two['found'], rel=1e-5)  # 333 images, each once
+            torch.testing.assert_close(theirs[f'student.{name}'], x, atol=2e-4, rtol=2e-3,
+                                       msg=lambda m: f'{method} {name}: {m}')
+        one.distiller.student.load_state_dict({k.removeprefix('student.'): v for k,
+                                               v in theirs.items() if k.startswith('student.')})
+        # 333 images, each once
+        assert evaluate(one.distiller.student, unseen(e)) == pytest.approx(two['found'], rel=1e-5)
 
 
 def steps_of_all(out, place):
@@ -120,10 +133,12 @@ def steps_of_all(out, place):
     torch.set_num_threads(1)
     with joined('cpu'):
         for method in methods:
-            small = dict(num_prototypes=16, num_dims=10, per_class=2, num_negatives=8, num_templates=16)
+            small = dict(num_prototypes=16, num_dims=10, per_class=2, num_negatives=8,
+                         num_templates=16)
             name = f'digit_pairs/resnet8-resnet8/{method}'  # FSP wants equal widths
             known = Experiment.named(name).options
-            e = Experiment.named(name, **lives.SMALL, **{k: v for k, v in small.items() if k in known})
+            e = Experiment.named(name, **lives.SMALL,
+                                 **{k: v for k, v in small.items() if k in known})
             training = prepare(e, out, 'cpu', quiet=True)[0]
             for progress, batch in zip((0, 0, 3), training.rest()):
                 training.history = [None] * progress
@@ -150,7 +165,8 @@ def contrast(seed=0):
 def losses_of(term, maps, index):
     import torch
     from letkd.distiller import Batch, Maps
-    return term(Maps(teacher={'t': maps[1][index]}, student={'s': maps[0][index]}), Batch(torch.zeros(len(index)), index % 5, index))
+    return term(Maps(teacher={'t': maps[1][index]}, student={'s': maps[0][index]}),
+                Batch(torch.zeros(len(index)), index % 5, index))
 
 
 def banks_of_two(out, place):
@@ -161,9 +177,11 @@ def banks_of_two(out, place):
         term, maps, batches = contrast()
         half = lambda index: index.view(2, 8)[rank()]
         losses = [sum(gathered(losses_of(term, maps, half(index)).item())) / 2 for index in batches]
-        everyone = gathered([term.bank_s.known.sum().item(), term.bank_t.known.sum().item(), term.bank_s.log_z.item()])
+        everyone = gathered([term.bank_s.known.sum().item(), term.bank_t.known.sum().item(),
+                             term.bank_s.log_z.item()])
         assert everyone[0] == everyone[1]
-        if not rank(): torch.save(dict(losses=losses, state=term.state_dict()), Path(out)/'banks.pt')
+        if not rank():
+            torch.save(dict(losses=losses, state=term.state_dict()), Path(out)/'banks.pt')
 
 
 def test_banks_are_those_of_the_whole_batch(server, tmp_path):
@@ -171,7 +189,8 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
     assert together(server, banks_of_two, 2, str(tmp_path)) == [0, 0]
     two = torch.load(tmp_path/'banks.pt', weights_only=True)
     term, maps, batches = contrast()
-    assert [losses_of(term, maps, index).item() for index in batches] == pytest.approx(two['losses'], rel=1e-5)
+    assert [losses_of(term, maps, index).item()
+            for index in batches] == pytest.approx(two['losses'], rel=1e-5)
     for name, x in term.state_dict().items():
         if torch.is_tensor(x): torch.testing.assert_close(two['state'][name], x)
 
@@ -179,7 +198,8 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
 # A student whose parameters are shards
 
 def sharded_steps(out, place):
-    "A student with KD layers, its parameters shared between two processes by FSDP, and taught by both."
+    """A student with KD layers, its parameters shared between two processes by FSDP, and taught by
+    both."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -195,7 +215,9 @@ def sharded_steps(out, place):
         optimiser = torch.optim.SGD(student.parameters(), lr=.1)
         for _ in range(2):
             half = slice(2 * rank(), 2 * rank() + 2)
-            with supervised({layer: target(half) for layer, target in zip(layers, targets)}) as losses: logits = student(images[half])
+            with supervised({layer: target(half) for layer,
+                             target in zip(layers, targets)}) as losses:
+                logits = student(images[half])
             (logits.square().mean() + sum(losses.values())).backward()
             optimiser.step(); optimiser.zero_grad()
         found = {name: p.full_tensor() for name, p in student.named_parameters()}
@@ -211,12 +233,14 @@ def supervised_student():
     from letkd.matching import DenseTarget
     from letkd.taps import insert
     torch.manual_seed(0)
-    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()), nn.Flatten(), nn.Linear(6 * 16, 5))
+    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU()),
+                            nn.Flatten(), nn.Linear(6 * 16, 5))
     layers = [KDLayer(6, 7), KDLayer(8, 4, alpha=0)]
     for tap, layer in zip(('1', '1:input'), layers): insert(student, tap, layer)
     layers[0].norm.eval()
     probs = torch.rand(4, 16, 7).softmax(2), torch.rand(4, 36, 4).softmax(2)
-    return student, layers, torch.randn(4, 3, 8, 8), [lambda part, p=p: DenseTarget(p[part].flatten(0, 1)) for p in probs]
+    return (student, layers, torch.randn(4, 3, 8, 8),
+            [lambda part, p=p: DenseTarget(p[part].flatten(0, 1)) for p in probs])
 
 
 def test_a_student_can_be_sharded(server, tmp_path):
@@ -229,15 +253,19 @@ def test_a_student_can_be_sharded(server, tmp_path):
     student, layers, images, targets = supervised_student()
     optimiser = torch.optim.SGD(student.parameters(), lr=.1)
     for _ in range(2):
-        with supervised({layer: target(slice(4)) for layer, target in zip(layers, targets)}) as losses: logits = student(images)
+        with supervised({layer: target(slice(4)) for layer,
+                         target in zip(layers, targets)}) as losses:
+            logits = student(images)
         (logits.square().mean() + sum(losses.values())).backward()
         optimiser.step(); optimiser.zero_grad()
-    for name, p in student.named_parameters(): torch.testing.assert_close(found[name], p.detach(), msg=lambda m: f'{name}: {m}')
+    for name, p in student.named_parameters():
+        torch.testing.assert_close(found[name], p.detach(), msg=lambda m: f'{name}: {m}')
 
 
 # The command
 
-def records(out, method): return [json.loads(p.read_text()) for p in Path(out).rglob('record.json') if method in p.parts]
+def records(out, method):
+    return [json.loads(p.read_text()) for p in Path(out).rglob('record.json') if method in p.parts]
 
 
 @pytest.fixture(scope='module')
@@ -254,9 +282,11 @@ def test_one_record_of_both(undisturbed):
 
 def test_a_stopped_run_of_two_goes_on_to_the_same_bits(server, undisturbed, tmp_path):
     args, said = lives.arguments('crd', tmp_path), str(tmp_path/'said')
-    members = [server.Process(target=lives.command, args=(args, said + place['RANK']), kwargs=dict(place=place)) for place in lives.places(2)]
+    members = [server.Process(target=lives.command, args=(args, said + place['RANK']),
+                              kwargs=dict(place=place)) for place in lives.places(2)]
     for m in members: m.start()
-    while not list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt')) and members[0].is_alive(): time.sleep(.002)
+    while not list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt')) and members[0].is_alive():
+        time.sleep(.002)
     members[1].terminate()  # one of them is told; both stop after the same step
     for m in members: m.join(120)
     assert [m.exitcode for m in members] == [143, 143]
@@ -284,7 +314,8 @@ def test_more_processes_than_before_may_go_on_and_say_so(server, tmp_path):
     (dict(batch_size=63), 'batch_size: found 63 for 2 processes; expected a multiple of 2'),
     (dict(sync_bn=True), 'sync_bn: found the device cpu; expected cuda')])
 def test_what_cannot_be_shared_is_refused(settings, says, server, tmp_path):
-    codes = together(server, lives.command, 2, lives.arguments('ce', tmp_path/'out', '--device', 'cpu', **settings), tmp_path/'said')
+    codes = together(server, lives.command, 2, lives.arguments('ce', tmp_path/'out', '--device',
+                                                               'cpu', **settings), tmp_path/'said')
     assert codes == [2, 2] and says in (tmp_path/'said').read_text()
     assert not records(tmp_path, 'ce')
 
@@ -293,19 +324,23 @@ def worker(torchrun, rank):
     "The process of that rank which torchrun has started, or None."
     for child in Path(f'/proc/{torchrun}/task/{torchrun}/children').read_text().split():
         try:
-            if f'\0RANK={rank}\0'.encode() in Path(f'/proc/{child}/environ').read_bytes(): return int(child)
+            if f'\0RANK={rank}\0'.encode() in Path(f'/proc/{child}/environ').read_bytes():
+                return int(child)
         except OSError: continue
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds the worker in /proc')
 def test_torchrun_starts_a_killed_worker_again(undisturbed, tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1',
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
+               '2', '--max-restarts', '1',
                '-m', 'letkd.cli', *lives.arguments('crd', tmp_path, '--checkpoint-every', '1')]
     env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')  # see 16_processes
-    with open(tmp_path/'said', 'w') as said: run = subprocess.Popen(command, stdout=said, stderr=said, env=env, start_new_session=True)
+    with open(tmp_path/'said', 'w') as said:
+        run = subprocess.Popen(command, stdout=said, stderr=said, env=env, start_new_session=True)
     try:
         deadline = time.time() + 200
-        while len(list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt'))) < 2 and run.poll() is None and time.time() < deadline: time.sleep(.01)
+        while len(list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt'))) < 2 and run.poll() is None and time.time() < deadline:
+            time.sleep(.01)
         os.kill(worker(run.pid, 1), signal.SIGKILL)
         assert run.wait(200) == 0, (tmp_path/'said').read_text()
     finally:

@@ -1,4 +1,5 @@
-"Networks, loaders and loops of others: what works as with the library's own, and what is refused with a sentence."
+"""Networks, loaders and loops of others: what works as with the library's own, and what is refused
+with a sentence."""
 import copy
 
 import numpy as np
@@ -21,7 +22,8 @@ from letkd.methods import create_terms, method_options
 from letkd.models.folding import fold_teacher
 from letkd.taps import capture, insert
 
-SMALL = dict(num_prototypes=6, num_dims=3, per_class=2, num_negatives=8, neighbours=3, hint=('layer1', 'layer1'),
+SMALL = dict(num_prototypes=6, num_dims=3, per_class=2, num_negatives=8, neighbours=3,
+             hint=('layer1', 'layer1'),
              stages=(('layer1', 'layer1'), ('layer2', 'layer2')), stem=('layer1.0', 'layer1.0'),
              boundaries=(('layer1', 'layer1'), ('layer2', 'layer2')))
 TAPS = dict(penultimate=('layer2', 'layer2'), intermediate=('layer1', 'layer1'))
@@ -33,7 +35,8 @@ def seeded(): torch.manual_seed(0)
 
 def data():
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(20, 3, 8, 8, generator=generator), torch.arange(20) % 10, torch.arange(20 * i, 20 * i + 20)) for i in range(3)]
+    return [(torch.randn(20, 3, 8, 8, generator=generator), torch.arange(20) % 10,
+             torch.arange(20 * i, 20 * i + 20)) for i in range(3)]
 
 
 def create(method, student, teacher, batches, **options):
@@ -50,9 +53,12 @@ def networks():
 def losses(distiller, *batch): return {k: v.item() for k, v in distiller(*batch)[1].items()}
 
 
-FORMS = {'a dictionary': lambda x, y, i: dict(image=x, label=y, index=i), 'of a processor': lambda x, y, i: dict(pixel_values=x, labels=y, idx=i.int()),
-         'numpy': lambda x, y, i: [x.numpy(), y.numpy().astype(np.uint8), i.numpy()], 'lists': lambda x, y, i: (list(x), y.tolist(), i.tolist()),
-         'a column': lambda x, y, i: (x, y[:, None].int(), i), 'one-hot': lambda x, y, i: (x, nn.functional.one_hot(y, 10), i)}
+FORMS = {'a dictionary': lambda x, y, i: dict(image=x, label=y, index=i),
+         'of a processor': lambda x, y, i: dict(pixel_values=x, labels=y, idx=i.int()),
+         'numpy': lambda x, y, i: [x.numpy(), y.numpy().astype(np.uint8), i.numpy()],
+         'lists': lambda x, y, i: (list(x), y.tolist(), i.tolist()),
+         'a column': lambda x, y, i: (x, y[:, None].int(), i), 'one-hot': lambda x, y,
+         i: (x, nn.functional.one_hot(y, 10), i)}
 
 
 @pytest.mark.parametrize('method', ['letkd2+kd', 'dkd', 'crd', 'tdd', 'ab', 'simkd'])
@@ -73,21 +79,26 @@ def test_methods_that_need_a_class_take_the_largest_share(method):
     student, teacher = networks()
     distiller = Distiller(student, teacher, create(method, student, teacher, data())).eval()
     x, y, index = data()[0]
-    hard, soft = losses(distiller, x, y, index), losses(distiller, x, .7 * nn.functional.one_hot(y, 10) + .03, index)
-    assert {k: v for k, v in soft.items() if k != 'ce'} == {k: v for k, v in hard.items() if k != 'ce'}
+    hard, soft = losses(distiller, x, y, index), losses(distiller, x,
+                                                        .7 * nn.functional.one_hot(y, 10)
+                                                        + .03, index)
+    assert {k: v for k, v in soft.items() if k != 'ce'} == {k: v for k, v in hard.items()
+                                                            if k != 'ce'}
     assert soft['ce'] != hard['ce']
 
 
 def test_mixed_images_are_no_training_set():
     student, teacher = networks()
-    mixed = [(x, (nn.functional.one_hot(y, 10) + nn.functional.one_hot(y.flip(0), 10)) / 2) for x, y, _ in data()]
+    mixed = [(x, (nn.functional.one_hot(y, 10) + nn.functional.one_hot(y.flip(0), 10)) / 2) for x,
+             y, _ in data()]
     with pytest.raises(ValueError, match='without mixup'): create('letkd1', student, teacher, mixed)
 
 
 def test_crd_on_a_shuffled_loader_needs_an_index():
     student, teacher = networks()
     flat = [(x, y) for images, labels, _ in data() for x, y in zip(images, labels)]
-    with pytest.raises(ValueError, match='neither shuffles nor augments'): create('crd', student, teacher, DataLoader(flat, 10, shuffle=True))
+    with pytest.raises(ValueError, match='neither shuffles nor augments'):
+        create('crd', student, teacher, DataLoader(flat, 10, shuffle=True))
     assert len(create('crd', student, teacher, DataLoader(flat, 10))[1].bank_s.known) == 60
 
 
@@ -98,7 +109,8 @@ def exported(model, train=False):
     return torch.export.export(model.train(train), (x,)).module()
 
 
-TEACHERS = {'a function': lambda t: (lambda x: t.eval()(x)), 'scripted': lambda t: torch.jit.script(t.eval()),
+TEACHERS = {'a function': lambda t: (lambda x: t.eval()(x)),
+            'scripted': lambda t: torch.jit.script(t.eval()),
             'compiled': lambda t: torch.compile(t, backend='eager'), 'exported': exported}
 
 
@@ -112,18 +124,22 @@ def test_teachers_of_any_form_give_logits(kind):
     for fold in (lambda d: None, fold_teacher):
         fold(distiller)
         assert losses(distiller, *data()[0])['kd'] == pytest.approx(.9 * expected['kd'], rel=1e-4)
-    with pytest.raises(ValueError, match=r"teacher: tap 'layer2': \w+ (was|has)"): create('letkd1', student, other, data())
+    with pytest.raises(ValueError, match=r"teacher: tap 'layer2': \w+ (was|has)"):
+        create('letkd1', student, other, data())
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_a_teacher_exported_in_train_mode_is_refused():
     student, teacher = networks()
-    with pytest.raises(ValueError, match='exported in train mode'): Distiller(student, exported(teacher, train=True), [KD()])
+    with pytest.raises(ValueError, match='exported in train mode'):
+        Distiller(student, exported(teacher, train=True), [KD()])
 
 
 def test_the_teacher_stays_in_eval_mode_whatever_its_owner_says():
     student, teacher = networks()
-    owner = nn.ModuleDict(dict(teacher=teacher, distiller=Distiller(student, teacher, create('letkd1+kd', student, teacher, data()))))
+    owner = nn.ModuleDict(dict(teacher=teacher, distiller=Distiller(student, teacher,
+                                                                    create('letkd1+kd', student,
+                                                                           teacher, data()))))
     before = copy.deepcopy(teacher.state_dict())
     for part in (owner, teacher.layer1):
         part.train()
@@ -135,10 +151,13 @@ def test_the_teacher_stays_in_eval_mode_whatever_its_owner_says():
 def test_a_shared_stem_is_named_and_a_shared_activation_is_none():
     student, teacher = networks()
     student.layer1[1] = teacher.layer1[1]
-    with pytest.raises(ValueError, match="'layer1.1'.*copy.deepcopy"): Distiller(student, teacher, [KD()])
+    with pytest.raises(ValueError, match="'layer1.1'.*copy.deepcopy"):
+        Distiller(student, teacher, [KD()])
     student, teacher = networks()
     student.layer1[0].weight = teacher.layer1[0].weight
-    with pytest.raises(ValueError, match="1 parameters that the student or a term shares with the teacher .'layer1.0.weight'"): Distiller(student, teacher, [KD()])
+    with pytest.raises(ValueError, match="1 parameters that the student or a term shares with the "
+                       "teacher .'layer1.0.weight'"):
+        Distiller(student, teacher, [KD()])
     student, teacher = networks()
     student.layer1[2] = teacher.layer1[2]  # a ReLU
     Distiller(student, teacher, [KD()])
@@ -148,7 +167,8 @@ def test_a_shared_stem_is_named_and_a_shared_activation_is_none():
 
 @pytest.fixture
 def group(tmp_path):
-    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0,
+                            world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -163,7 +183,8 @@ def test_an_engine_stands_around_the_distiller(group):
     assert not hasattr(student.layer2, 'kd_layer')
     Distiller(wrapped, teacher, [CrossEntropy(), KD()])(*data()[0])  # nothing is trained beside it
     student, teacher = networks()
-    engine = DistributedDataParallel(Distiller(student, teacher, create('letkd1', student, teacher, data())))
+    engine = DistributedDataParallel(Distiller(student, teacher,
+                                               create('letkd1', student, teacher, data())))
     sum(engine(*data()[0])[1].values()).backward()
     assert student.layer2.kd_layer.templates.grad is not None
 
@@ -174,7 +195,8 @@ def test_a_constructor_that_fails_takes_its_layers_out_again():
     before, keys = [[*m._modules] for m in student.modules()], [*student.state_dict()]
     insert(student.layer2, '1', nn.Identity())
     terms[2].layers = {'layer2.1': terms[2].layers['layer2']}
-    with pytest.raises(ValueError, match='already has an? Identity'): Distiller(student, teacher.train(), terms)
+    with pytest.raises(ValueError, match='already has an? Identity'):
+        Distiller(student, teacher.train(), terms)
     assert [*student.state_dict()] == keys and teacher.training
     assert not hasattr(student.layer1, 'kd_layer')
 
@@ -186,17 +208,20 @@ def test_a_checkpointed_stage_teaches_as_any_other_or_is_refused(method):
         distiller = Distiller(student, teacher, create(method, student, teacher, data()))
         if options:
             stages = {name: getattr(student, name) for name in ('layer1', 'layer2')}
-            for stage in stages.values(): stage.forward = lambda x, run=stage.forward: checkpoint(run, x, **options)
+            for stage in stages.values():
+                stage.forward = lambda x, run=stage.forward: checkpoint(run, x, **options)
         sum(distiller(*data()[0])[1].values()).backward()
         return {name: p.grad for name, p in student.named_parameters()}
     plain, again = gradients(), gradients(use_reentrant=False)
     for name, grad in plain.items(): torch.testing.assert_close(again[name], grad, msg=name)
-    with pytest.warns(UserWarning, match='None of the inputs'), pytest.raises(RuntimeError, match='use_reentrant=False'):
+    with pytest.warns(UserWarning, match='None of the '
+                      'inputs'), pytest.raises(RuntimeError, match='use_reentrant=False'):
         gradients(use_reentrant=True)
 
 
 def test_a_layer_in_tiles_is_taught_within_a_checkpoint():
-    layer, x, target = KDLayer(8, 512).double(), torch.randn(2, 8, 16, 16).double(), DenseTarget(torch.randn(512, 512).double().softmax(1))
+    layer, x, target = (KDLayer(8, 512).double(), torch.randn(2, 8, 16, 16).double(),
+                        DenseTarget(torch.randn(512, 512).double().softmax(1)))
     assert layer._function(x.movedim(1, -1).reshape(-1, 8)) is fused_kd_layer
     grads = []
     for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
@@ -219,7 +244,8 @@ def test_a_layer_in_a_looping_module_runs_once():
     layer = KDLayer(4, 5)
     layer.register_forward_hook(lambda *_: calls.append(1))
     term = Term('free', teacher=False, layers={'0': layer})
-    term.silent, term.forward = lambda batch: True, lambda maps, batch: maps.student_logits.new_zeros(())
+    term.silent, term.forward = (lambda batch: True, lambda maps,
+                                 batch: maps.student_logits.new_zeros(()))
     distiller = Distiller(network, None, [CrossEntropy(), term]).eval()
     distiller(*data()[0])
     assert len(calls) == 1
@@ -229,7 +255,10 @@ def test_a_layer_in_a_looping_module_runs_once():
 
 
 def test_a_slip_in_a_tap_is_found_before_the_teacher_is_trained(tmp_path):
-    e = Experiment.named('digit_pairs/resnet14-resnet8/at', train_size=128, epochs=1, teacher_epochs=1,
+    e = Experiment.named('digit_pairs/resnet14-resnet8/at', train_size=128, epochs=1,
+                         teacher_epochs=1,
                          stages=(('layer1', 'layer1'), ('layer5', 'layer6')))
-    with pytest.raises(ValueError, match="found 2 faults\n- student: .*'layer5'.*\n- teacher: .*'layer6'"): run(e, tmp_path, 'cpu', quiet=True)
+    with pytest.raises(ValueError, match="found 2 faults\n- student: .*'layer5'.*\n- teacher: "
+                       ".*'layer6'"):
+        run(e, tmp_path, 'cpu', quiet=True)
     assert not list(tmp_path.rglob('*.safetensors'))

@@ -44,7 +44,8 @@ def refused(*contains):
 
 def numbers(draw, shape, dtype=torch.float32, spread=3.):
     seed, scale = draw(st.integers(0, 2**31)), draw(st.sampled_from([1e-3, 1., 1., spread]))
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed),
+                        dtype=torch.float64) * scale).to(dtype)
 
 
 LAYOUTS = ['plain', 'every other', 'transposed', 'expanded', 'channels last', 'offset']
@@ -53,9 +54,11 @@ LAYOUTS = ['plain', 'every other', 'transposed', 'expanded', 'channels last', 'o
 def laid_out(x, layout):
     "The same numbers, stored otherwise."
     if layout == 'every other': return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
-    if layout == 'transposed' and x.ndim > 1: return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == 'transposed' and x.ndim > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == 'expanded' and len(x): return x[:1].expand_as(x)
-    if layout == 'channels last' and x.ndim == 4: return x.contiguous(memory_format=torch.channels_last)
+    if layout == 'channels last' and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
     if layout == 'offset': return torch.cat([torch.full_like(x, math.nan), x])[len(x):]
     return x
 
@@ -77,23 +80,29 @@ def spoilt(draw, x):
 
 # The solver
 
-SOLVERS = dict(linear=lambda s, mu, e: match_linear(s, mu), entropic=match_entropic, quadratic=match_quadratic)
+SOLVERS = dict(linear=lambda s, mu, e: match_linear(s, mu), entropic=match_entropic,
+               quadratic=match_quadratic)
 
 
 @SMALL
-@given(st.data(), st.sampled_from(list(SOLVERS)), tensors(st.integers(0, 4), st.integers(1, 3), st.integers(1, 7)))
+@given(st.data(), st.sampled_from(list(SOLVERS)), tensors(st.integers(0, 4), st.integers(1, 3),
+                                                          st.integers(1, 7)))
 def test_a_solution_is_a_solution(data, smoothing, pair):
     (scores, plain), solve = pair, SOLVERS[smoothing]
     mu = data.draw(st.sampled_from([0., .3, numbers(data.draw, scores.shape[-1:])]))
-    epsilon = data.draw(st.sampled_from([.1, 1., numbers(data.draw, scores.shape[-1:]).abs() + .05]))
+    epsilon = data.draw(st.sampled_from([.1, 1.,
+                                         numbers(data.draw, scores.shape[-1:]).abs() + .05]))
     p, q, lam = found = solve(scores, mu, epsilon)
     assert (p.shape, q.shape, lam.shape) == (scores.shape, scores.shape[:-1], scores.shape[:-1]) and p.dtype == q.dtype == scores.dtype
     assert scores.equal(plain), 'the scores were changed'
     assert all(a.equal(b) for a, b in zip(found, solve(plain, mu, epsilon)))
     if not p.numel(): return
     assert all(t.isfinite().all() for t in found) and p.min() >= 0 and q.min() >= 0
-    torch.testing.assert_close((p.double().sum(-1) + q.double()), torch.ones_like(q, dtype=torch.float64), atol=p.shape[-1] * tolerance(p.dtype), rtol=0)
-    if p.dtype in (torch.float32, torch.float64): assert kkt(found, scores, mu, epsilon, smoothing).max() < 100 * tolerance(p.dtype)
+    torch.testing.assert_close((p.double().sum(-1) + q.double()),
+                               torch.ones_like(q, dtype=torch.float64),
+                               atol=p.shape[-1] * tolerance(p.dtype), rtol=0)
+    if p.dtype in (torch.float32, torch.float64):
+        assert kkt(found, scores, mu, epsilon, smoothing).max() < 100 * tolerance(p.dtype)
 
 
 @SMALL
@@ -115,8 +124,10 @@ def layers(draw):
     torch.manual_seed(draw(st.integers(0, 100)))
     layer = KDLayer(c, k, alpha=draw(st.sampled_from([0., .5, 1.])))
     probs = torch.rand(b * h * w, k, generator=torch.Generator().manual_seed(0)) + .01
-    if x.dtype is torch.float64: layer.double()  # as with any module, parameters have to be as wide as the input
-    return layer.train(draw(st.booleans())), x, plain, DenseTarget(probs / probs.sum(1, keepdim=True))
+    if x.dtype is torch.float64:
+        layer.double()  # as with any module, parameters have to be as wide as the input
+    return (layer.train(draw(st.booleans())), x, plain,
+            DenseTarget(probs / probs.sum(1, keepdim=True)))
 
 
 @SMALL
@@ -144,15 +155,18 @@ def test_both_forms_of_the_function_agree_on_any_rows(case):
     layer, x, plain, target = case
     assume(not (layer.training and layer.alpha and len(target.probs) < 2))
     r = rows(x if x.ndim == 4 else x.transpose(1, 2)[..., None]).requires_grad_()
-    weights = layer.templates, layer.semantics, layer.scale, layer.value_scale, layer.norm, layer.alpha, target
+    weights = (layer.templates, layer.semantics, layer.scale, layer.value_scale, layer.norm,
+               layer.alpha, target)
     state, found = {k: v.clone() for k, v in layer.state_dict().items()}, []
     for function in (kd_layer, fused_kd_layer):
         layer.load_state_dict(state)
         out, loss = function(r, *weights)
-        gradients = torch.autograd.grad(out.float().square().sum() + loss, [r, layer.templates], allow_unused=True)
+        gradients = torch.autograd.grad(out.float().square().sum() + loss, [r, layer.templates],
+                                        allow_unused=True)
         found.append((out.detach(), loss.detach(), *gradients))
     near = max(tolerance(x.dtype), 2e-5)
-    for plain, fused in zip(*found): torch.testing.assert_close(fused, plain, atol=20 * near, rtol=50 * near)
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, atol=20 * near, rtol=50 * near)
 
 
 @SMALL
@@ -179,7 +193,8 @@ def test_a_shape_that_is_no_map_is_refused(shape, dtype):
 # Rows
 
 @SMALL
-@given(st.data(), tensors(st.integers(0, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6)))
+@given(st.data(), tensors(st.integers(0, 3), st.integers(1, 4), st.integers(1, 6),
+                          st.integers(1, 6)))
 def test_rows_are_the_pixels_in_reading_order(data, pair):
     x, plain = pair
     b, c, h, w = x.shape
@@ -189,9 +204,11 @@ def test_rows_are_the_pixels_in_reading_order(data, pair):
     grid = data.draw(st.tuples(st.integers(1, h), st.integers(1, w)))
     pooled = rows(x, grid)
     assert pooled.shape == (b * math.prod(grid), c) and pooled.dtype == x.dtype
-    torch.testing.assert_close(pooled, rows(plain, grid), atol=tolerance(x.dtype), rtol=tolerance(x.dtype))
+    torch.testing.assert_close(pooled, rows(plain, grid), atol=tolerance(x.dtype),
+                               rtol=tolerance(x.dtype))
     if h % grid[0] == 0 and w % grid[1] == 0 and b:  # cells of equal size: the mean stays
-        torch.testing.assert_close(pooled.double().mean(0), plain.double().mean((0, 2, 3)), atol=2 * tolerance(x.dtype), rtol=2 * tolerance(x.dtype))
+        torch.testing.assert_close(pooled.double().mean(0), plain.double().mean((0, 2, 3)),
+                                   atol=2 * tolerance(x.dtype), rtol=2 * tolerance(x.dtype))
 
 
 @SMALL
@@ -206,14 +223,16 @@ def test_tokens_are_rows_as_well(pair):
 
 
 @SMALL
-@given(st.sampled_from([(0, 1), (1, 0), (-1, 2), (0, 0), (1,), (1, 2, 3), (1.5, 1)]), st.sampled_from([(2, 3, 4, 4), (2, 16, 3)]))
+@given(st.sampled_from([(0, 1), (1, 0), (-1, 2), (0, 0), (1,), (1, 2, 3), (1.5, 1)]),
+       st.sampled_from([(2, 3, 4, 4), (2, 16, 3)]))
 def test_a_grid_that_is_none_is_refused(grid, shape):
     with refused('grid'): rows(torch.zeros(shape), grid)
 
 
 # Supervisions
 
-MAKE = dict(kmeans=lambda: KMeansPrototypes(3), kernels=KernelPrototypes, whitened=lambda: KernelPrototypes(whiten=True), subclasses=lambda: SubClasses(2, 2))
+MAKE = dict(kmeans=lambda: KMeansPrototypes(3), kernels=KernelPrototypes,
+            whitened=lambda: KernelPrototypes(whiten=True), subclasses=lambda: SubClasses(2, 2))
 
 
 def labelled(x): return x, torch.arange(len(x)) % 3
@@ -248,7 +267,8 @@ def test_rows_that_are_no_numbers_name_their_piece(data, kind, number):
     pieces = [labelled(numbers(data.draw, (15, 4))) for _ in range(4)]
     bad, _ = spoilt(data.draw, pieces[number][0])
     pieces[number] = bad, pieces[number][1]
-    with refused(f'piece {number} of the stream', '1 of 15 rows with NaN or infinity'): MAKE[kind]().fit(pieces)
+    with refused(f'piece {number} of the stream', '1 of 15 rows with NaN or infinity'):
+        MAKE[kind]().fit(pieces)
 
 
 @SMALL
@@ -256,7 +276,8 @@ def test_rows_that_are_no_numbers_name_their_piece(data, kind, number):
 def test_results_that_are_no_numbers_are_not_loaded(data, kind):
     fitted = MAKE[kind]().fit([labelled(numbers(data.draw, (20, 4), spread=10.))])
     state = fitted.state_dict()
-    name = data.draw(st.sampled_from([k for k, v in state.items() if v.is_floating_point() and v.numel()]))
+    name = data.draw(st.sampled_from([k for k, v in state.items() if v.is_floating_point()
+                                      and v.numel()]))
     state[name] = spoilt(data.draw, state[name])[0]
     with refused(name): MAKE[kind]().load_state_dict(state)
 
@@ -274,50 +295,72 @@ class Given:
 
 @settings(max_examples=15)
 @given(data=st.data(), method=st.sampled_from(['ce', 'kd', 'letkd1']))
-def test_images_that_are_no_numbers_end_the_run_and_spare_the_weights(data, method, tmp_path_factory):
+def test_images_that_are_no_numbers_end_the_run_and_spare_the_weights(data, method,
+                                                                      tmp_path_factory):
     torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)) for _ in range(2))
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+                        for _ in range(2))
     good, labels = numbers(data.draw, (6, 3, 2, 2)), torch.arange(6) % 3
     options = dict(num_prototypes=2) if method == 'letkd1' else {}
-    terms = create_terms(method, student, teacher, [(good, labels)], ('1', '1'), ('1', '1'), **options)
+    terms = create_terms(method, student, teacher, [(good, labels)], ('1', '1'), ('1', '1'),
+                         **options)
     distiller = Distiller(student, teacher, terms)
     before = {k: v.clone() for k, v in distiller.named_parameters()}
     training = Training(distiller, Given(spoilt(data.draw, good)[0], labels), 1)
-    with pytest.raises(NonFiniteLoss, match='epoch 1, step 0: .*ce = nan'): train(training, tmp_path_factory.mktemp('run'), quiet=True)
+    with pytest.raises(NonFiniteLoss, match='epoch 1, step 0: .*ce = nan'):
+        train(training, tmp_path_factory.mktemp('run'), quiet=True)
     assert all(v.equal(before[k]) for k, v in distiller.named_parameters())
 
 
 @pytest.mark.parametrize('momentum', [0., .9])
 def test_a_weight_may_get_its_first_gradient_late(momentum):
-    "As the classifier does in methods with a phase of their own; PyTorch's fused optimiser alone does not take that."
+    """As the classifier does in methods with a phase of their own; PyTorch's fused optimiser alone
+    does not take that."""
     ours, plain = (nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
     plain.load_state_dict(ours.state_dict())
-    training = Training(Distiller(ours, None, [CrossEntropy()]), Given(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1])), 1, lr=.1, momentum=momentum)
-    expected = torch.optim.SGD(plain.parameters(), .1, momentum, weight_decay=5e-4, nesterov=momentum > 0)
+    training = Training(Distiller(ours, None, [CrossEntropy()]),
+                        Given(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1])), 1, lr=.1,
+                        momentum=momentum)
+    expected = torch.optim.SGD(plain.parameters(), .1, momentum, weight_decay=5e-4,
+                               nesterov=momentum > 0)
     for step in range(4):
         for network, optimiser in ((ours, training.optimiser), (plain, expected)):
             optimiser.zero_grad()
-            for p in [*network.parameters()][:2 if step < 2 else 4]: p.grad = p.detach() * (step + 1) + 1
+            for p in [*network.parameters()][:2 if step < 2 else 4]:
+                p.grad = p.detach() * (step + 1) + 1
             optimiser.step()
     for a, b in zip(ours.parameters(), plain.parameters()): torch.testing.assert_close(a, b)
 
 
 # Experiments
 
-VALUES = dict(seed=st.integers(0, 2**63 - 1), epochs=st.integers(1, 10**9), batch_size=st.integers(1, 10**6), lr=st.floats(1e-6, 10), momentum=st.floats(0, 1),
-              schedule=st.sampled_from(['step', 'one-cycle']), milestones=st.lists(st.floats(0, 1), max_size=4).map(tuple), augment=st.booleans(), amp=st.booleans(),
-              train_size=st.one_of(st.none(), st.integers(1, 10**7)), eval_split=st.sampled_from(['test', 'valid']), teacher_checkpoint=st.text(min_size=1, max_size=5),
+VALUES = dict(seed=st.integers(0, 2**63 - 1), epochs=st.integers(1, 10**9),
+              batch_size=st.integers(1, 10**6), lr=st.floats(1e-6, 10), momentum=st.floats(0, 1),
+              schedule=st.sampled_from(['step', 'one-cycle']),
+              milestones=st.lists(st.floats(0, 1), max_size=4).map(tuple), augment=st.booleans(),
+              amp=st.booleans(),
+              train_size=st.one_of(st.none(), st.integers(1, 10**7)),
+              eval_split=st.sampled_from(['test', 'valid']),
+              teacher_checkpoint=st.text(min_size=1, max_size=5),
               weight_decay=st.floats(0, 1), difficulty=st.floats(0, 2))
-NAMES = st.builds('{}/{}{}/{}'.format, st.sampled_from([name for name, d in DATASETS.items() if not d.identity]), st.sampled_from(['resnet56-', 'wrn_40_2-', 'torchvision/resnet18-']),
-                  st.sampled_from(['resnet20', 'shufflenetv1', 'torchvision/resnet50']), st.sampled_from(['kd', 'letkd1', 'letkd2', 'crd+kd', 'at', 'dkd']))
+NAMES = st.builds('{}/{}{}/{}'.format,
+                  st.sampled_from([name for name, d in DATASETS.items() if not d.identity]),
+                  st.sampled_from(['resnet56-', 'wrn_40_2-', 'torchvision/resnet18-']),
+                  st.sampled_from(['resnet20', 'shufflenetv1', 'torchvision/resnet50']),
+                  st.sampled_from(['kd', 'letkd1', 'letkd2', 'crd+kd', 'at', 'dkd']))
 
 
 @st.composite
 def given_settings(draw, name):
     chosen = draw(st.sets(st.sampled_from(list(VALUES)), max_size=4))
-    options = {k: draw(st.floats(.01, 100) if isinstance(v, float) else st.booleans() if isinstance(v, bool) else st.integers(1, 10**6))
-               for k, v in method_options(name.rpartition('/')[2]).items() if isinstance(v, (int, float)) and draw(st.booleans())}
-    normalisation = dict(teacher_normalisation=draw(st.sampled_from(['imagenet', ((.5, .5, .5), (.25, .2, .3))]))) if 'teacher_checkpoint' in chosen else {}
+    options = {k: draw(st.floats(.01, 100) if isinstance(v, float) else st.booleans()
+                       if isinstance(v, bool) else st.integers(1, 10**6))
+               for k, v in method_options(name.rpartition('/')[2]).items()
+               if isinstance(v, (int, float)) and draw(st.booleans())}
+    normalisation = (dict(teacher_normalisation=draw(st.sampled_from(['imagenet',
+                                                                      ((.5, .5, .5),
+                                                                       (.25, .2, .3))])))
+                     if 'teacher_checkpoint' in chosen else {})
     return {k: draw(VALUES[k]) for k in chosen} | normalisation | options
 
 
@@ -327,7 +370,8 @@ def test_an_experiment_survives_json_and_the_command_line(data, name):
     chosen = data.draw(given_settings(name))
     e = Experiment.named(name, **chosen)
     assert e.name == name and all((e.options | e.__dict__)[k] == v for k, v in chosen.items())
-    assert experiment_of(json.loads(json.dumps(dict(name=e.name, seed=e.seed, settings=e.__dict__)))) == e
+    assert experiment_of(json.loads(json.dumps(dict(name=e.name, seed=e.seed,
+                                                    settings=e.__dict__)))) == e
     written = {k: v if isinstance(v, str) else repr(v) for k, v in chosen.items()}
     assert Experiment.named(name, **written) == e, 'as --set has it'
     assert Experiment.named(name, **e.changed, seed=e.seed) == e, 'what was changed makes it'
@@ -342,19 +386,26 @@ def test_folders_differ_where_settings_do(data, name):
 
 
 @settings(max_examples=200)
-@given(st.text(max_size=60) | st.lists(st.sampled_from(['digit_pairs', 'resnet8', '-', '/', '..', '.', '\0', '\n', 'kd', '+', '~', ' ', 'x', '٢']), max_size=9).map(''.join))
+@given(st.text(max_size=60)
+       | st.lists(st.sampled_from(['digit_pairs', 'resnet8', '-', '/', '..', '.', '\0', '\n', 'kd',
+                                   '+', '~', ' ', 'x', '٢']), max_size=9).map(''.join))
 @example('digit_pairs/../../x')
 @example('/etc/passwd')
 def test_no_name_leads_out_of_the_folder(name):
     try: folder = Experiment.named(name).folder
     except ValueError as e: assert 0 < len(str(e)) < 1000
-    else: assert folder.isascii() and folder.isprintable() and not {'', '.', '..'} & {*folder.split('/')}
+    else:
+        assert folder.isascii() and folder.isprintable() and not {'', '.',
+                                                                  '..'} & {*folder.split('/')}
 
 
 @SMALL
-@given(st.data(), st.sampled_from(list(VALUES)), st.sampled_from([None, -1, 'x', 1.5, True, (), {}, [], math.nan, math.inf, 2**70, b'x', ('a',), (math.nan,)]))
+@given(st.data(), st.sampled_from(list(VALUES)),
+       st.sampled_from([None, -1, 'x', 1.5, True, (), {}, [], math.nan, math.inf, 2**70, b'x',
+                        ('a',), (math.nan,)]))
 def test_a_setting_of_another_kind_is_refused(data, key, value):
     plain = Experiment('cifar100', 'resnet20')
     try: e = Experiment('cifar100', 'resnet20', **{key: value})
     except ValueError as error: assert str(error).startswith(key)
-    else: assert isinstance(value, type(getattr(plain, key))) or getattr(plain, key) is None or e.__dict__[key] == value
+    else:
+        assert isinstance(value, type(getattr(plain, key))) or getattr(plain, key) is None or e.__dict__[key] == value

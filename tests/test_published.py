@@ -1,4 +1,5 @@
-"Every cell of the published tables: its settings, each with a reason, and one step of its training."
+"""Every cell of the published tables: its settings, each with a reason, and one step of its
+training."""
 import json
 from functools import cache
 from itertools import chain
@@ -24,55 +25,81 @@ RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'records'
 MOBILE = ('mobilenetv2', 'shufflenetv1', 'shufflenetv2')
 RN50, PHOTOS = 'resnet50-mobilenetv2', ('resnet34-resnet18', 'torchvision/resnet50-mobilenet_v2')
 
-# Why a cell differs from its method's defaults: (reason, {data set}, {pair} or None for all, {method} or None, settings).
-# Nothing else may differ, but the options that a row of an ablation names, and the places of a pair's networks.
+# Why a cell differs from its method's defaults: (reason, {data set}, {pair} or None for all,
+# {method} or None, settings).
+# Nothing else may differ, but the options that a row of an ablation names, and the places of a
+# pair's networks.
 DIFFERENCES = [
     ('a smaller rate for students of the mobile families', ('cifar100', 'tiny_imagenet'),
-     (RN50, 'wrn_40_2-shufflenetv1', 'resnet32x4-shufflenetv1', 'resnet32x4-shufflenetv2'), None, dict(lr=.01)),
-    ("the papers' recipe on ImageNet, batch and weight decay QuEST's, teachers torchvision's", ('imagenet',), None, None,
-     dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9), batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1')),
-    ("DKD's configuration, ResNets", ('cifar100',), ('resnet56-resnet20', 'resnet110-resnet32'), ('dkd',), dict(dkd_beta=2.)),
-    ("DKD's configuration, wide ResNets", ('cifar100',), ('wrn_40_2-wrn_16_2', 'wrn_40_2-wrn_40_1'), ('dkd',), dict(dkd_beta=6.)),
-    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[:1], ('dkd',), dict(dkd_beta=.5, temperature=1., warmup=.01)),
-    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[1:], ('dkd',), dict(dkd_beta=2., temperature=1., warmup=.01)),
+     (RN50, 'wrn_40_2-shufflenetv1', 'resnet32x4-shufflenetv1', 'resnet32x4-shufflenetv2'), None,
+     dict(lr=.01)),
+    ("the papers' recipe on ImageNet, batch and weight decay QuEST's, teachers torchvision's",
+     ('imagenet',), None, None,
+     dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9), batch_size=256,
+          weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1')),
+    ("DKD's configuration, ResNets", ('cifar100',), ('resnet56-resnet20', 'resnet110-resnet32'),
+     ('dkd',), dict(dkd_beta=2.)),
+    ("DKD's configuration, wide ResNets", ('cifar100',), ('wrn_40_2-wrn_16_2', 'wrn_40_2-wrn_40_1'),
+     ('dkd',), dict(dkd_beta=6.)),
+    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[:1], ('dkd',),
+     dict(dkd_beta=.5, temperature=1., warmup=.01)),
+    ("DKD's configuration, ImageNet", ('imagenet',), PHOTOS[1:], ('dkd',),
+     dict(dkd_beta=2., temperature=1., warmup=.01)),
     ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd1',), dict(alpha_penultimate=.1)),
-    ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd2',), dict(alpha_penultimate=.1, alpha_intermediate=.2)),
-    ("letKD's alpha of this pair", ('tiny_imagenet',), (RN50,), ('letkd1', 'letkd2'), dict(alpha_penultimate=.5)),
-    ("the taps of TDD's example", ('cifar100', 'tiny_imagenet'), ('resnet56-resnet20',), ('tdd', 'tdd+crd'),
+    ("letKD's alpha of this pair", ('cifar100',), (RN50,), ('letkd2',),
+     dict(alpha_penultimate=.1, alpha_intermediate=.2)),
+    ("letKD's alpha of this pair", ('tiny_imagenet',), (RN50,), ('letkd1', 'letkd2'),
+     dict(alpha_penultimate=.5)),
+    ("the taps of TDD's example", ('cifar100', 'tiny_imagenet'), ('resnet56-resnet20',),
+     ('tdd', 'tdd+crd'),
      dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 2, 3)))),
 ]
 STUDIES = ('', *ABLATIONS)
 
 
-def cells(): # (study, data set, pair, method, options) of each figure, and of the rows of ablations that have none
+def cells():
+    # (study, data set, pair, method, options) of each figure, and of the rows of ablations that
+    # have none
     for study in STUDIES:
-        for row in published(study=study).itertuples(): yield study, row.dataset, row.pair, row.method, row.options
+        for row in published(study=study).itertuples():
+            yield study, row.dataset, row.pair, row.method, row.options
     for study, about in ABLATIONS.items():
         for pair in about.pairs:
-            for row in about.rows: yield study, 'cifar100', pair, *(f'{row} '.split(' ', 1)[0], row.partition(' ')[2])
+            for row in about.rows:
+                yield study, 'cifar100', pair, *(f'{row} '.split(' ', 1)[0], row.partition(' ')[2])
 
 
 CELLS = sorted(set(cells()))
 
 
-def given(options): return {k: float(v) if '.' in v else v == 'True' if v in ('True', 'False') else int(v)
+def given(options): return {k: float(v) if '.' in v else v == 'True' if v in ('True', 'False')
+                            else int(v)
                             for k, v in (o.split('=') for o in options.split(', ') if o)}
 
 
 def expected(dataset, pair, method, options): # {setting: value} of all that is not a default
     teacher, _, student = pair.rpartition('-')
-    where = 'teacher' if method == 'teacher' else pair  # a teacher is trained for all of its students
-    found = {k: v for k, v in given(options).items() if v != method_options(method)[k]} if options else {}
+    # a teacher is trained for all of its students
+    where = 'teacher' if method == 'teacher' else pair
+    found = {k: v for k, v in given(options).items()
+             if v != method_options(method)[k]} if options else {}
     for _, sets, pairs, methods, settings in DIFFERENCES:
-        if dataset in sets and (pairs is None or where in pairs) and (methods is None or method in methods): found |= settings
+        if dataset in sets and (pairs is None or where in pairs) and (methods is None
+                                                                      or method in methods):
+            found |= settings
     if method not in ('teacher', 'student'):
-        places, defaults = pair_taps(student, teacher), method_options(method) | dict(penultimate=('layer3', 'layer3'), intermediate=('layer3.0', 'layer3.0'))
+        places, defaults = (pair_taps(student, teacher),
+                            method_options(method)
+                            | dict(penultimate=('layer3', 'layer3'),
+                                   intermediate=('layer3.0', 'layer3.0')))
         found |= {k: v for k, v in places.items() if k in defaults and v != defaults[k]}
     return found
 
 
 def different(e):
-    fields = {k: v for k, v in vars(e).items() if k not in ('dataset', 'student', 'teacher', 'method', 'options') and v != getattr(Experiment, k)}
+    fields = {k: v for k, v in vars(e).items() if k not in ('dataset', 'student', 'teacher',
+                                                            'method', 'options')
+              and v != getattr(Experiment, k)}
     return fields | {k: v for k, v in e.options.items() if v != method_options(e.method)[k]}
 
 
@@ -87,7 +114,8 @@ def test_each_reason_is_needed():
     for reason, sets, pairs, methods, _ in DIFFERENCES:
         for pair in pairs or ['']:
             for method in methods or ['']:
-                assert [c for c in CELLS if c[1] in sets and pair in (c[2], '') and method in (c[3], '')], (reason, pair, method)
+                assert [c for c in CELLS if c[1] in sets and pair in (c[2], '')
+                        and method in (c[3], '')], (reason, pair, method)
 
 
 def test_a_pair_gives_its_settings_to_the_methods_that_it_names():
@@ -95,9 +123,11 @@ def test_a_pair_gives_its_settings_to_the_methods_that_it_names():
         for pair, by_method in entry.pairs.items():
             for method, options in by_method.items():
                 assert options.keys() <= method_options(method).keys()
-                assert all(Experiment.named(f'{name}/{pair}/{method}').options[k] == v for k, v in options.items())
+                assert all(Experiment.named(f'{name}/{pair}/{method}').options[k] == v for k,
+                           v in options.items())
             for method in METHODS.keys() - by_method.keys():
-                assert not {k: v for k, v in different(Experiment.named(f'{name}/{pair}/{method}')).items()
+                assert not {k: v for k,
+                            v in different(Experiment.named(f'{name}/{pair}/{method}')).items()
                             if k in set(chain(*by_method.values()))}, (name, pair, method)
 
 
@@ -106,7 +136,8 @@ def test_every_method_has_an_original_recipe():
     for _, dataset, pair, method, options in CELLS:
         if options or method in ('teacher', 'student'): continue
         changed = Experiment.named(f'{dataset}/{pair}/{method}', 'original').changed
-        own = {} if any(part in method for part in ('quest', 'letkd', 'layer')) else dict(nesterov=False, drop_last=False)
+        own = ({} if any(part in method for part in ('quest', 'letkd', 'layer'))
+               else dict(nesterov=False, drop_last=False))
         if own and dataset == 'cifar100': own |= dict(padding='zeros')
         if dataset != 'imagenet': own |= dict(teacher_recipe='original')
         if (dataset, method) == ('imagenet', 'dkd'): own |= dict(batch_size=512, lr=.2)
@@ -114,21 +145,27 @@ def test_every_method_has_an_original_recipe():
 
 
 def test_records_are_read_and_named_as_they_were():
-    "Settings that are younger than a record, and defaults that changed since, are those it was made with."
+    """Settings that are younger than a record, and defaults that changed since, are those it was
+    made with."""
     paths = [p for p in RESULTS.glob('*.json') if not p.name.startswith('bench')]
     assert paths
     for path in paths:
         e = experiment_of(read_record(path))
-        if 'lr0.1' not in path.stem: assert e.folder.replace('/', '--') == path.stem  # those are of an older recipe
+        if 'lr0.1' not in path.stem:
+            assert e.folder.replace('/', '--') == path.stem  # those are of an older recipe
         assert e.amp and e.nesterov and e.drop_last and e.padding == 'reflect'
 
 
 # One step of every cell
 
-# What stands for what: networks of one family for each other's depth and width, CIFAR's cells for those of Tiny-ImageNet, which are
-# the same networks at twice the size, but for the methods that are built to the size of a map. Images, classes and K are few; photos are small.
-FAMILIES = {'wrn_40_2-wrn_40_1': 'wrn_40_2-wrn_16_2', 'resnet110-resnet20': 'resnet56-resnet20', 'resnet110-resnet32': 'resnet56-resnet20'}
-STEPS = sorted({(dataset, FAMILIES.get(pair, pair), method, options) for study, dataset, pair, method, options in CELLS
+# What stands for what: networks of one family for each other's depth and width, CIFAR's cells for
+# those of Tiny-ImageNet, which are
+# the same networks at twice the size, but for the methods that are built to the size of a map.
+# Images, classes and K are few; photos are small.
+FAMILIES = {'wrn_40_2-wrn_40_1': 'wrn_40_2-wrn_16_2', 'resnet110-resnet20': 'resnet56-resnet20',
+            'resnet110-resnet32': 'resnet56-resnet20'}
+STEPS = sorted({(dataset, FAMILIES.get(pair, pair), method, options) for study, dataset, pair,
+                method, options in CELLS
                 if method not in ('teacher', 'student') and study not in ('probe', 'subclasses')
                 and (dataset != 'tiny_imagenet' or method in ('fitnet', 'letkd2'))})
 SHALLOW = dict(resnet56='resnet20', resnet83='resnet29', wrn_40_2='wrn_16_2')  # teachers
@@ -139,7 +176,8 @@ SMALL = dict(num_prototypes=4, num_templates=4, num_dims=2, per_class=1, num_neg
 @cache
 def images(dataset):
     size = dict(cifar100=32, tiny_imagenet=64, imagenet=64)[dataset]
-    pixels = torch.randint(0, 256, (COUNT, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (COUNT, 3, size, size),
+                           generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Images(pixels, torch.arange(COUNT) % CLASSES, mean=(.5, .5, .5), std=(.3, .3, .3))
 
 
@@ -153,9 +191,11 @@ def teacher_of(name):
 def test_a_cell_is_built_fitted_and_takes_a_step(dataset, pair, method, options):
     e = Experiment.named(f'{dataset}/{pair}/{method}', **given(options))
     torch.manual_seed(0)
-    student, teacher, plain = create_model(e.student, CLASSES), teacher_of(e.teacher), Batches(images(dataset), 3)
+    student, teacher, plain = (create_model(e.student, CLASSES), teacher_of(e.teacher),
+                               Batches(images(dataset), 3))
     small = {k: v for k, v in SMALL.items() if k in e.options}
-    terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate, **e.options | small)
+    terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate,
+                         **e.options | small)
     training = Training(Distiller(student, teacher, terms), Batches(images(dataset), 3), 2, e.lr)
     training.distiller.train()
     training.step(*next(iter(plain)))  # the meter raises where a loss is not finite

@@ -33,7 +33,8 @@ def finished(server, *args, **options):
     return process.exitcode
 
 
-def checkpoints(out, method): return sorted(p for p in Path(out).glob(f'*/*/{method}/*/checkpoint-*.pt'))
+def checkpoints(out, method):
+    return sorted(p for p in Path(out).glob(f'*/*/{method}/*/checkpoint-*.pt'))
 
 
 def wait_for(condition, process):
@@ -88,7 +89,8 @@ def test_a_killed_run_ends_as_if_it_had_never_died(method, server, whole, tmp_pa
         assert lives.result(lives.folder_of(method, out)) == whole(method)
         assert not list(out.rglob('*.part'))
         rounds += 1
-    with capsys.disabled(): print(f' [{method}: {kills} kills, {halves} of them in a write, {rounds} runs]', end='')
+    with capsys.disabled():
+        print(f' [{method}: {kills} kills, {halves} of them in a write, {rounds} runs]', end='')
 
 
 @pytest.mark.parametrize('method, signum', [('letkd2', signal.SIGTERM), ('ce', signal.SIGINT)])
@@ -103,7 +105,8 @@ def test_a_signal_leaves_a_checkpoint_and_a_code(method, signum, server, whole, 
     after = checkpoints(tmp_path, method)
     line, = filter(None, said.read_text().splitlines())
     assert number(after) > number(before) and len(after) <= 2
-    assert f'stopped by {signum.name} in epoch' in line and line.endswith(f'the same command goes on from {after[-1]}')
+    assert f'stopped by {signum.name} in epoch' in line and line.endswith('the same command goes '
+                                                                          f'on from {after[-1]}')
     assert finished(server, args) == 0
     assert lives.result(lives.folder_of(method, tmp_path)) == whole(method)
 
@@ -142,15 +145,18 @@ def intact(out, method):
 @pytest.fixture
 def disk(tmp_path):
     "A small disk of its own."
-    if os.geteuid() or not shutil.which('mount'): pytest.skip('a file system can be mounted by root only')
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', tmp_path], capture_output=True, text=True)
+    if os.geteuid() or not shutil.which('mount'):
+        pytest.skip('a file system can be mounted by root only')
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', tmp_path],
+                             capture_output=True, text=True)
     if mounted.returncode: pytest.skip(f'no tmpfs here: {mounted.stderr.strip()}')
     yield tmp_path
     subprocess.run(['umount', tmp_path], check=True)
 
 
 def test_a_full_disk_stops_the_run_and_spares_its_checkpoint(disk, server, whole, tmp_path_factory):
-    args, said = lives.arguments('ce', disk, '--checkpoint-every', '1'), tmp_path_factory.mktemp('said')/'said'
+    args, said = lives.arguments('ce', disk, '--checkpoint-every',
+                                 '1'), tmp_path_factory.mktemp('said')/'said'
     process = start(server, args, said)
     assert wait_for(lambda: number(checkpoints(disk, 'ce')) > 2, process)
     with pytest.raises(OSError), open(disk/'filler', 'wb', buffering=0) as filler:
@@ -168,7 +174,8 @@ def test_a_full_disk_stops_the_run_and_spares_its_checkpoint(disk, server, whole
 
 
 def test_a_file_that_grows_too_large_is_a_full_disk(server, tmp_path):
-    "Where nothing can be mounted: a limit on the size of files, too small for the second network's checkpoints."
+    """Where nothing can be mounted: a limit on the size of files, too small for the second
+    network's checkpoints."""
     args, said = lives.arguments('ce', tmp_path), tmp_path/'said'
     assert finished(server, args, said, largest_file=20_000) == 2
     line, = said.read_text().splitlines()
@@ -182,7 +189,8 @@ def test_reproduce_makes_a_record_again(server, tmp_path):
     import json
     assert finished(server, lives.arguments('ce', tmp_path/'a', epochs=1)) == 0
     path = next((tmp_path/'a').rglob('record.json'))
-    again = lambda out, said: (['reproduce', str(path), '--out', str(tmp_path/out), '--quiet'], tmp_path/said)
+    again = lambda out, said: (['reproduce', str(path), '--out', str(tmp_path/out), '--quiet'],
+                               tmp_path/said)
     args, said = again('b', 'said')
     assert finished(server, [*args, '--deterministic'], said) == 0
     assert finished(server, *again('b', 'said')) == 2

@@ -1,4 +1,5 @@
-"What a colleague opens: the guide's own cells, in a process in which this library cannot be imported."
+"""What a colleague opens: the guide's own cells, in a process in which this library cannot be
+imported."""
 import json
 import os
 import re
@@ -21,8 +22,11 @@ sys.meta_path.insert(0, Blocked())
 
 
 def cells(*sides):
-    "The source of the guide's code cells that begin with one of these words; None: with neither word."
-    sources = [readme.text(c['source']) for c in json.loads(GUIDE.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    """The source of the guide's code cells that begin with one of these words; None: with neither
+    word."""
+    sources = [readme.text(c['source'])
+               for c in json.loads(GUIDE.read_text(encoding='utf-8'))['cells']
+               if c['cell_type'] == 'code']
     side = lambda source: (re.match(r'# (theirs|both)$', source, re.M) or [None, None])[1]
     return [source for source in sources if side(source) in sides]
 
@@ -41,11 +45,13 @@ def files(tmp_path_factory):
 def test_a_colleague_opens_every_form_without_the_library(files):
     theirs = '\n'.join(cells('both', 'theirs'))
     for name in ('.pt2', '.onnx', '.ts', '.safetensors'): assert f"'student{name}'" in theirs
-    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\n{theirs}\nassert "letkd" not in sys.modules'], cwd=files, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\n{theirs}\nassert "letkd" not in '
+                           'sys.modules'], cwd=files, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "['cat', 'dog', 'owl']" in done.stdout and 'stage.kd_layer' in done.stdout
 
 
 def test_the_library_is_blocked_there(files):
-    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\nimport letkd'], cwd=files, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\nimport letkd'], cwd=files,
+                          capture_output=True, text=True)
     assert done.returncode and 'letkd is blocked' in done.stderr

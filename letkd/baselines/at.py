@@ -43,7 +43,8 @@ def attention(x: Tensor,   # (B*h*w) x C, the rows of a map
 
 # %% ../../nbs/baselines/at.ipynb #d1744238
 class AttentionTransfer(Term):
-    "Squared difference of attention maps at several stages (equation 2) (Zagoruyko and Komodakis, 2017)."
+    """Squared difference of attention maps at several stages (equation 2)
+    (Zagoruyko and Komodakis, 2017)."""
     def __init__(self,
                  stages: tuple = STAGES, # pairs (student's tap, teacher's tap)
                  weight: float = 1000.,  # factor in the total loss

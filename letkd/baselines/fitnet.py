@@ -71,7 +71,8 @@ def fitnet(setup: Setup,                        # what it is built for
            hint: tuple = ('layer2', 'layer2'),
            fitnet_weight: float = 100.,         # as the KD literature's common script
           ) -> list:                            # of terms
-    "A hint in the middle of the network, beside cross-entropy from the start (Romero et al., 2015)."
+    """A hint in the middle of the network, beside cross-entropy from the start (Romero et al.,
+    2015)."""
     return [_hint(setup, hint, fitnet_weight)]
 
 # %% ../../nbs/baselines/fitnet.ipynb #f0b67eec

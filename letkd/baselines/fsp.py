@@ -30,7 +30,8 @@ def is_over(alone: float, # share of the training in which a loss stands alone; 
 
 # %% ../../nbs/baselines/fsp.ipynb #2194211d
 class Flow(Term):
-    "Squared difference of the flow matrices, in a phase of its own (equation 2) (Yim et al., 2017)."
+    """Squared difference of the flow matrices, in a phase of its own (equation 2)
+    (Yim et al., 2017)."""
     def __init__(self,
                  # pairs (student's tap, teacher's tap), in the order of the flow
                  stages: tuple = (('relu', 'relu'), *STAGES),

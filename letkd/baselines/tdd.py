@@ -115,8 +115,10 @@ def _class_means(x: np.ndarray, y: np.ndarray) -> np.ndarray: # N x C, N -> Y x 
 # %% ../../nbs/baselines/tdd.ipynb #b8e63c0a
 @patch
 @one_thread()
-def fit(self: DecisionTree, stream: Iterable):
-    # (rows, labels) pairs, one row for each image; read once
+def fit(self: DecisionTree,
+        stream: Iterable, # of (rows, labels), one row for each image; read once
+       ):
+    "Grow the tree from the teacher's embeddings; returns self."
     x, y = (t.numpy() for t in sample(checked(stream, True, progress='embeddings'), self.memory,
                                       self.seed))
     x = x.astype(np.float64)

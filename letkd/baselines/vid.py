@@ -44,7 +44,8 @@ class Predictor(nn.Module):
 
 # %% ../../nbs/baselines/vid.ipynb #57ca3d1a
 class VariationalInformation(Term):
-    "How badly the student's maps predict the teacher's at several stages (equation 3) (Ahn et al., 2019)."
+    """How badly the student's maps predict the teacher's at several stages (equation 3)
+    (Ahn et al., 2019)."""
     def __init__(self,
                  stages: tuple,     # pairs (student's tap, teacher's tap)
                  predictors: list,  # a `Predictor` for each

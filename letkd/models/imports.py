@@ -39,8 +39,7 @@ class Imported:
 IMPORTED = {} # {name of the module: `Imported`}
 PACKAGES = {} # {installed package whose entry point was taken: version}
 
-def versions() -> dict:
-    # {file: SHA-256} and {'package NAME': version}; empty where nothing is one's own
+def versions() -> dict: # {file: SHA-256} and {'package NAME': version}
     "What was imported, as records keep it."
     files = {name: sha for found in IMPORTED.values() for name, sha in found.files.items()}
     return files | {f'package {name}': version for name, version in PACKAGES.items()}

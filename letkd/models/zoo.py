@@ -339,8 +339,8 @@ def _sizes(at, entries, source) -> tuple:
     # channels and templates of the KD layer at a path, and whether it has an alpha
     templates, embeds = entries.get('templates'), 'semantics' in entries
     names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
-    dense = templates.layout is torch.strided and templates.is_contiguous()
-    if {k for k in entries if 'num_batches' not in k} == names and templates.ndim == 2 and dense:
+    matrix = lambda t: t.ndim == 2 and t.layout is torch.strided and t.is_contiguous()
+    if {k for k in entries if 'num_batches' not in k} == names and matrix(templates):
         return *templates.T.shape, embeds
     raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its '
                      'maker knows how it computes (load_run, '

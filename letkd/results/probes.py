@@ -182,6 +182,7 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
                           **_cost(plain, tap, templates, images, rounds)))
     return pd.DataFrame(found)
 
+# %% ../../nbs/results/probes.ipynb #d2d88dd4
 def _cost(plain: nn.Module, tap: str, templates: int, images: Tensor, rounds: int) -> dict:
     model = _with_layer(plain, tap, templates, images)
     ((path, layer),), adds = kd_layers(model).items(), multiply_adds(model, images)

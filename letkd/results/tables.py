@@ -200,7 +200,8 @@ def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row o
                   **_measured(list(runs.values())))
              for method, options, runs in rows]
     alone = next((r['top1_last'] for r in table if r['method'] == 'student'), float('nan'))
-    taught = [r['teacher_top1'] for *_, runs in rows for r in runs.values() if r.get('teacher_top1')]
+    taught = [r['teacher_top1'] for *_, runs in rows for r in runs.values()
+              if r.get('teacher_top1')]
     for row in table:
         if row['method'] == 'teacher' and not row['n'] and taught:  # from a file, or elsewhere
             row |= dict(n=1, top1_last=taught[0], top1_values=taught[:1])
@@ -221,7 +222,8 @@ def paired(records: list, # of one row, see `read_records`
                              'the records of one row, each seed once')
     seeds = sorted(ours.keys() & theirs.keys())
     d = pd.Series([ours[s] - theirs[s] for s in seeds], index=seeds, dtype=float)
-    half = student_t.ppf((1 + level) / 2, len(d) - 1) * d.std() / len(d) ** .5 if len(d) > 1 else nan
+    quantile = student_t.ppf((1 + level) / 2, len(d) - 1) if len(d) > 1 else nan
+    half = quantile * d.std() / max(len(d), 1) ** .5
     return dict(n=len(d), mean=d.mean(), low=d.mean() - half, high=d.mean() + half,
                 each=d.to_dict())
 

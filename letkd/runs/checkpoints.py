@@ -129,8 +129,8 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     "Within this block SIGINT and SIGTERM are noted in `seen`, and not obeyed before the second."
-    def __init__(self, at_once: bool = False):
-        self.seen, self.at_once, self.before = 0, at_once, {} # obey the first one
+    def __init__(self, at_once: bool = False): # obey the first one
+        self.seen, self.at_once, self.before = 0, at_once, {}
 
     def note(self, signum, frame):
         if self.seen or self.at_once: raise Stopped(signum)

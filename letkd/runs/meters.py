@@ -74,8 +74,7 @@ def look(self: Meter):
     raise NonFiniteLoss(f'step {first + bad}: {values}')
 
 @patch
-def means(self: Meter) -> dict:
-    # {name: mean over the images so far}, the sum as 'loss', 'train_top1' in percent
+def means(self: Meter) -> dict: # {name: mean so far}, the sum as 'loss', 'train_top1' in percent
     "Averages so far."
     rows = self.rows[:self.step].cpu().double()
     images = rows[:, -1:]
@@ -97,8 +96,11 @@ def interactive() -> bool: # a terminal or a notebook?
 # %% ../../nbs/runs/meters.ipynb #00dd8977
 class Progress:
     "A bar for people who watch, lines for logs."
-    def __init__(self, title: str, training, quiet: bool = False):
-        # what is running; a `Training` to follow; say nothing
+    def __init__(self,
+                 title: str,          # what is running
+                 training,            # a `Training` to follow
+                 quiet: bool = False, # say nothing
+                ):
         self.title, self.training, self.quiet, self.start, self.done = (title, training, quiet,
                                                                         time.time(), 0)
         self.first, self.total = (training.epoch * training.steps + training.meter.step,

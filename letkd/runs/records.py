@@ -40,8 +40,10 @@ def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 of a network's parameters and buffers, wherever they came from."
     return _sha(model.state_dict().items())
 
-def save_module(module: nn.Module, path, **about: str):
-    # any module; where; what the file should say about it
+def save_module(module: nn.Module, # any
+                path,              # of the file
+                **about: str,      # what the file should say about it
+               ):
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
     if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}:
@@ -54,8 +56,10 @@ def save_module(module: nn.Module, path, **about: str):
     with atomic(path) as part: part.write_bytes(data)
 
 # %% ../../nbs/runs/records.ipynb #5e899897
-def load_module(module: nn.Module, path, **expected: str):
-    # a module of the same kind; of `save_module`; what the file should say
+def load_module(module: nn.Module, # of the same kind as what was saved
+                path,              # of a file of `save_module`
+                **expected: str,   # what the file should say
+               ):
     "Load what `save_module` wrote, all of it, and nothing else."
     tensors, found = read_tensors(path)
     try:
@@ -116,8 +120,8 @@ def _commit() -> dict:
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
 # %% ../../nbs/runs/records.ipynb #ede61eb8
-def data_hash(*splits) -> str:
-    # of `Images`, or of `Photos`, whose files are not read: their names, labels and resolution
+def data_hash(*splits # `Images`; or `Photos`, of which names, labels and resolution count
+             ) -> str: # 64 hexadecimal digits
     "SHA-256 of what a run has seen; 64 hexadecimal digits."
     parts = [(k, v) for split in splits for k, v in vars(split).items()
              if k in ('images', 'labels', 'names')]

@@ -229,8 +229,10 @@ def _natural(name: str, images: torch.Tensor) -> dict: # {role: tap}
     with torch.random.fork_rng(): return _places(name) or natural(create_model(name, 2), images)
 
 # %% ../../nbs/runs/running.ipynb #175d72d9
-def load_run(e: Experiment, out = 'runs', device: Optional[str] = None
-            ) -> Distiller: # a run that is done; where; on what
+def load_run(e: Experiment, # a run that is done
+             out = 'runs',  # folder of all runs
+             device: Optional[str] = None, # None: 'cuda' where there is one
+            ) -> Distiller: # in eval mode
     """The distiller of a finished run: the trained student with its KD layers, the teacher, the
     fitted supervisions."""
     path = Path(out)/e.folder/'student.safetensors'

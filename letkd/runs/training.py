@@ -91,8 +91,8 @@ def _length(batches) -> int:
 class WholeEpochs:
     """A loader that cannot say where it stands: a run on it is kept at the end of each epoch, and
     goes on with a whole one."""
-    def __init__(self, loader):
-        self.loader, self.epoch = loader, 0 # such as `torch.utils.data.DataLoader`
+    def __init__(self, loader): # such as `torch.utils.data.DataLoader`
+        self.loader, self.epoch = loader, 0
     def __len__(self) -> int: return len(self.loader)
     def __str__(self):
         return (f'letkd: {type(self.loader).__name__} has no state_dict: a run that is stopped '
