@@ -42,6 +42,9 @@ LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its c
               'runs/shipping.ipynb#64e02333': 'one function'} # 'notebook#cell id': why it is longer
 VISIBLE = 60  # lines of code that a chapter of the story shows without a click
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
+WIDE_TABLES = {'02_solver.ipynb#8100fbf5', '02_solver.ipynb#19c2beb7'}  # nine statistics of a row
+# one line each: nbdev drops what is continued on a second
+CAPTION = re.compile(r'#\| label: (fig-[\w-]+)\n#\| fig-cap: .+\n#\| fig-alt: .+\n')
 
 
 @cache
@@ -275,11 +278,37 @@ def test_cells_are_read_in_one_glance(name):
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_lines_of_code_fit_their_column(name):
     width = NARROW if name in STORY or name.startswith('guides/') or name == 'index.ipynb' else WIDE
-    long = [f"{name}#{c['id']} {len(line)}: {line.strip()[:60]}" for c,
-            source in cells(name, 'code')
-            for line in source.splitlines()
+    long = [f"{name}#{c['id']} {len(line)}: {line.strip()[:60]}"
+            for c, source in cells(name, 'code') for line in source.splitlines()
             if len(line) > width and not re.match(r'#\| fig-(cap|alt): ', line)]
     assert not long, f'lines of more than {width} characters: {long}'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_figures_can_be_cited_and_read_aloud(name):
+    figures = {c['id']: CAPTION.match(source) for c, source in cells(name, 'code')
+               if any(k.startswith('image/') for o in c['outputs'] for k in o.get('data', {}))}
+    bare = [i for i, found in figures.items() if not found]
+    assert not bare, (f'{name}: cells {bare} begin by `#| label: fig-...`, `#| fig-cap: ...`, '
+                      '`#| fig-alt: ...`, a line each')
+    for found in figures.values():
+        options = yaml.safe_load(re.sub(r'^#\| ', '', found[0], flags=re.M))
+        assert all(isinstance(v, str) for v in options.values()), f'{name}: {options}'
+    labels = [found[1] for found in figures.values()]
+    assert len(labels) == len(set(labels)), f'{name}: {labels}'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_text_tables_are_no_wider_than_the_page(name):
+    """A row of a table is a line with three gaps or more; what is wider is shown as a DataFrame or
+    as Markdown."""
+    outputs = [(c['id'], o) for c, _ in cells(name, 'code') for o in c['outputs']
+               if not {'text/html', 'text/markdown'} & set(o.get('data', {}))]
+    lines = [(i, line) for i, o in outputs
+             for line in readme.text(o.get('text') or o['data'].get('text/plain', '')).splitlines()]
+    wide = {i for i, line in lines if len(line) > WIDE and f'{name}#{i}' not in WIDE_TABLES
+            and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
+    assert not wide, f'{name}: the tables of cells {sorted(wide)} are wider than {WIDE} columns'
 
 
 def test_readme_says_what_index_says():

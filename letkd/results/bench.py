@@ -398,7 +398,7 @@ def _kmeans_forms(x, clusters: int, iterations: int, found: dict
     return dict(forms, faiss=theirs)
 
 # %% ../../nbs/results/bench.ipynb #2a9fde0b
-def measure_kmeans(scale: 'Scale',        # how much is measured
+def measure_kmeans(scale,                 # a `Scale`: how much
                    device: torch.device, # where
                   ) -> list: # of rows; `inertia`: mean squared distance of a row to its centre
     "Ours and scikit-learn's, each with its initialisation."
@@ -428,7 +428,7 @@ def _sine(a, b) -> float: # of the largest angle between the columns' spaces
     (a, _), (b, _) = np.linalg.qr(a), np.linalg.qr(b)
     return float(np.linalg.norm(b - a @ (a.T @ b), 2))
 
-def measure_lda(scale: 'Scale',        # how much is measured
+def measure_lda(scale,                 # a `Scale`: how much
                 device: torch.device, # where
                ) -> list: # of rows; `sine`: of the largest angle to our subspace
     "Ours, in one pass over blocks, and scikit-learn's two solvers."
@@ -500,7 +500,7 @@ def _ask(p: subprocess.Popen, *question) -> float: # a number on a line
     raise RuntimeError(f'threads: a process that measures ended with code {p.wait()}')
 
 # %% ../../nbs/results/bench.ipynb #d164a751
-def measure_threads(scale: 'Scale',        # how much is measured
+def measure_threads(scale,                 # a `Scale`: how much
                     device: torch.device, # where
                    ) -> list: # of rows; `per_second` in images, `threads` of each setting
     "Steps under different settings of the threads, on a machine that is quiet and one that is not."

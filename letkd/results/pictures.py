@@ -145,7 +145,7 @@ def show_transitions(transition: Tensor, # M, K x K
     sub-classes as patches."""
     classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
     ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
-    fig = Figure((6.2 + .68 * cells.shape[1], 5.6), dpi=80, layout='constrained')
+    fig = Figure((6.2 + .68 * cells.shape[1], 5.6), layout='constrained')
     fig.suptitle(_in_words(transition, classes), fontsize='medium')
     left, right = fig.subfigures(1, 2, width_ratios=(4.8, 1.4 + .68 * cells.shape[1]))
     _heat_map(left, left.subplots(), between_classes(transition, len(classes)), classes)

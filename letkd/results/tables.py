@@ -259,9 +259,10 @@ def _text(columns: list) -> list: # of lists of strings, the two lines of the he
     return [line.rstrip() for line in lines]
 
 def _markdown(columns: list) -> list:
-    lines = [[f'{top} {bottom}'.strip(), *cells] for top, bottom, *cells in columns]
-    body = [f"| {' | '.join(line)} |" for line in zip(*lines)]
-    return [body[0], '|:--|' + '--:|' * (len(columns) - 1), *body[1:]]
+    columns = [[f'{top} {bottom}'.strip(), *cells] for top, bottom, *cells in columns]
+    rules = ['-' * max(3, *map(len, column)) for column in columns]  # their lengths are the widths
+    body = [f"| {' | '.join(line)} |" for line in zip(*columns)]
+    return [body[0], f"|:{rules[0]}|{''.join(f'{rule}:|' for rule in rules[1:])}", *body[1:]]
 
 STYLES = dict(text=_text, markdown=_markdown)
 
@@ -316,7 +317,7 @@ def new_figure(width: float,   # inches
                **options,      # of `Figure.subplots`
               ) -> tuple:      # (figure, rows x columns array of axes)
     "A figure that belongs to nobody else, and its axes."
-    fig = Figure((width, height), dpi=80, layout='constrained')
+    fig = Figure((width, height), layout='constrained')
     with sns.axes_style(style): return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 # %% ../../nbs/results/tables.ipynb #8feb85af

@@ -64,7 +64,7 @@ class Meter:
 # %% ../../nbs/runs/meters.ipynb #b5fabf19
 @patch
 def look(self: Meter):
-    "Average what is new over the processes; raise `NonFiniteLoss` if a loss of it is none."
+    "Average what is new over the processes; raise `NonFiniteLoss` where one is not finite."
     recent = self.rows[self.seen:self.step]
     if processes() > 1: recent.copy_(summed(recent.clone()) / processes())
     first, self.seen = self.seen, self.step
