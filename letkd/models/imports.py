@@ -58,7 +58,7 @@ def _neighbours(folder: Path, before: set) -> dict: # names of modules that were
     return {p.relative_to(folder).as_posix(): _sha(p.read_bytes()) for p in own}
 
 # %% ../../nbs/models/imports.ipynb #d88f663f
-def fault(error: BaseException, # what came out of code of one's own
+def fault(error: BaseException, # what came out of your own code
           folder: Path,         # where that code is
          ) -> str:              # one line
     "What went wrong, and where."
@@ -134,7 +134,7 @@ def load(given: str, # path of a file that ends in .py, or the name of a module
 
 # %% ../../nbs/models/imports.ipynb #0a861a80
 def forget():
-    "Take back all imports of files of one's own; what they have registered stays."
+    "Take back all imports of your own files; what they have registered stays."
     own = {str(found.folder/file) for found in IMPORTED.values() for file in found.files}
     for name, module in [*sys.modules.items()]:
         file = getattr(module, '__file__', None)

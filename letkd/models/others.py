@@ -113,7 +113,7 @@ def own_network(
     function: str,   # in it
     num_classes: int # logits
 ) -> nn.Module:      # in train mode, with nothing in place
-    "A network that a function of one's own makes."
+    "A network made by a function of your own."
     name, expected = (f'network {module + ":" + function!r}',
                       f'expected a function: def {function}(num_classes): ..., which returns an '
                       'nn.Module')

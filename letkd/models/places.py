@@ -116,7 +116,7 @@ def places(model: nn.Module, # any network; its mode is left as it is
 def natural(model: nn.Module, # any network
             images: Tensor,   # as for `places`
            ) -> dict:         # {'penultimate': tap, 'intermediate': tap}, as far as they are found
-    "The two places where KD layers are put as a rule."
+    "The two places where KD layers usually go."
     return {place.role: place.tap for place in places(model, images) if place.role}
 
 # %% ../../nbs/models/places.ipynb #7d5cc178

@@ -61,7 +61,7 @@ families = [
 
 # %% ../../nbs/models/zoo.ipynb #76cee0cc
 def model_names() -> list: # of strings
-    """The networks in use and one's own; families contain more (any resnet of depth 6n+2 or 9n+2,
+    """The networks in use and your own; families contain more (any resnet of depth 6n+2 or 9n+2,
     of any width)."""
     return [name for family in families for name in family.examples] + own_names()
 
@@ -183,7 +183,7 @@ def _renamed(module):
     return module
 
 def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
-    # the field's resnet50 itself says shortcut and linear
+    # resnet50 itself says shortcut and linear
     known = {_renamed(module): module for module in ours}
     names = {module: known.get(_renamed(module), module) for module in theirs}
     found = {names[module]: {*kinds} for module, kinds in theirs.items()}
@@ -244,7 +244,7 @@ _ANY = 7919  # classes that no network has, for the number of the file's
 def _known_shapes(name): return _shapes(outline(name, _ANY).state_dict())
 
 def _all_shapes():
-    # (name, shapes) pairs; a file of one's own may change, and its networks need not take so many
+    # (name, shapes) pairs; your own file may change, and its networks need not take so many
     # classes
     for name in model_names():
         try: yield name, _known_shapes.__wrapped__(name) if ':' in name else _known_shapes(name)
@@ -375,7 +375,7 @@ def _insert_layers(model, state, said, source):
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007
 def create_model(
-    # a name of the field, such as 'resnet32x4', or of one's own; `model_names()` lists those in use
+    # a usual name, such as 'resnet32x4', or your own; `model_names()` lists those in use
     name: str,
     num_classes: int,                    # logits
     # file with its weights, in any format of `read_checkpoint`; torchvision's: or 'IMAGENET1K_V1'
