@@ -11,7 +11,7 @@ From Python, the six names to know:
     letkd.KDLayer        the layer itself: match features with templates, add what the templates mean
     letkd.Distiller      student, teacher and a list of terms; returns logits and named losses
     letkd.create_terms   the terms of a method by its name: 'kd', 'letkd1', 'letkd2', 'letkd2+kd'
-    letkd.create_model   the networks of the field by their name: 'resnet20', 'resnet8x4'
+    letkd.create_model   networks by their usual name: 'resnet20', 'resnet8x4'
     letkd.Experiment     everything that decides a run, as one value
     letkd.export         a student as a file that others open without this library
 

@@ -205,7 +205,7 @@ def reproduce_command(record: str,                  # a record.json
                       # within an epoch: '200' steps, '90s', '5m', '2h'
                       checkpoint_every: str = '5m',
                       log: Optional[str] = None, # 'tensorboard': curves in a browser
-                      # where a data set of one's own lies here; None: where the record says
+                      # where your own data set lies here; None: where the record says
                       data: Optional[str] = None,
                      ):
     "Run what a record describes once more, and compare."
@@ -506,7 +506,7 @@ def _reproduce_arguments(commands):
                                 'once more, in another folder, and compare the two: bit for bit '
                                 'where device and versions are the same.')
     again.add_argument('record', help='a record.json')
-    again.add_argument('--data', metavar='PATH', help="where a data set of one's own lies here "
+    again.add_argument('--data', metavar='PATH', help="where your own data set lies here "
                        "(default: where the record says)")
     _common(again, 'reproduced'); again.set_defaults(call=reproduce_command)
 

@@ -103,7 +103,7 @@ def ab(setup: Setup,               # what it is built for
        # share of the training in which nothing else is learnt: 30 of 240 epochs
        alone: float = 30 / 240,
        margin: float = 1.,         # µ
-       ab_weight: float = 1.,      # as the KD literature's common script
+       ab_weight: float = 1.,      # as in RepDistiller
       ) -> list:                   # of terms
     "Activation boundaries (Heo et al., 2019); cross-entropy should start where `alone` ends."
     images = setup.first[0][:2]

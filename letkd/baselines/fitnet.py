@@ -67,9 +67,9 @@ def _hint(setup: Setup, taps: tuple, weight: float, name: str = 'fitnet'
     return Hint(*taps, hint_convolution(c_s, c_t, s, t), weight, name)
 
 def fitnet(setup: Setup,                        # what it is built for
-           # (student's tap, teacher's tap); the second stage, as the common script
+           # (student's tap, teacher's tap); the second stage, as in RepDistiller
            hint: tuple = ('layer2', 'layer2'),
-           fitnet_weight: float = 100.,         # as the KD literature's common script
+           fitnet_weight: float = 100.,         # as in RepDistiller
           ) -> list:                            # of terms
     """A hint in the middle of the network, beside cross-entropy from the start (Romero et al.,
     2015)."""

@@ -37,7 +37,7 @@ class SimilarityPreserving(Term):
 def sp(setup: Setup,               # what it is built for
        # (student's tap, teacher's tap) of the last stages; '': the penultimate map
        last: tuple = ('', ''),
-       sp_weight: float = 3000.,   # as the paper and the KD literature's common script
+       sp_weight: float = 3000.,   # as in the paper and in RepDistiller
       ) -> list:                   # of terms
     "Similarity preserving distillation (Tung and Mori, 2019)."
     taps = [own or penultimate for own, penultimate in zip(last, setup.penultimate, strict=True)]

@@ -68,5 +68,5 @@ class ResNet50(nn.Module):
 def resnet50(
     num_classes: int = 100 # logits
 ) -> ResNet50:             # for images of any size
-    "The ResNet50 of the field's CIFAR-100 teachers."
+    "The ResNet50 of the published CIFAR-100 tables."
     return ResNet50(num_classes)

@@ -82,7 +82,7 @@ class ShuffleNetV1(nn.Module):
 def shufflenetv1(
     num_classes: int = 100 # logits
 ) -> ShuffleNetV1:         # three groups
-    "The ShuffleNet of the field's CIFAR-100 students."
+    "The ShuffleNet of the published CIFAR-100 tables."
     return ShuffleNetV1(num_classes)
 
 # %% ../../nbs/models/shufflenet.ipynb #5b51de20
@@ -163,5 +163,5 @@ class ShuffleNetV2(nn.Module):
 def shufflenetv2(
     num_classes: int = 100 # logits
 ) -> ShuffleNetV2:         # of width 1
-    "The ShuffleNet V2 of the field's CIFAR-100 students."
+    "The ShuffleNet V2 of the published CIFAR-100 tables."
     return ShuffleNetV2(num_classes)

@@ -35,7 +35,7 @@ class PreactBlock(nn.Module):
 
 # %% ../../nbs/models/wrn.ipynb #95929c34
 def _stage(n, c_in, c_out, stride):
-    "n blocks; the field's names have a `layer` in between."
+    "n blocks; published files have a `layer` in between."
     blocks = (PreactBlock(c_in, c_out, stride), *(PreactBlock(c_out, c_out) for _ in range(n - 1)))
     return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
 

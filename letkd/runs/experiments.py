@@ -152,7 +152,7 @@ def _check_normalisation(e: Experiment):
 # %% ../../nbs/runs/experiments.ipynb #915ebdae
 @lru_cache
 def _outline(name: str, imported: str) -> nn.Module:
-    return outline(name, 2) # imported: what is in one's own files
+    return outline(name, 2) # imported: what is in your own files
 
 def _network(name: str) -> nn.Module:
     # without weights: an unknown network or tap is refused here, not after an hour of training the

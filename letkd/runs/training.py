@@ -143,7 +143,7 @@ def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
 def conditions(device: torch.device) -> dict: # of a run on it
     "What the last bits of a run depend on, besides its state."
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    # files with methods and networks of one's own
+    # files with your own methods and networks
     own = dict(imported=found) if (found := versions()) else {}
     return dict(device=name, threads=torch.get_num_threads(), processes=processes(),
                 torch=str(torch.__version__), **own)
