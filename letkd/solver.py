@@ -61,8 +61,8 @@ def _sharpness(epsilon, like):
     if not (epsilon > 0).all():
         raise ValueError(f"epsilon goes down to {epsilon.min():g}, expected "
                          "values > 0: for a negative or zero batch-norm weight read "
-                         "the layer with bn_to_matching, which moves the sign "
-                         "to the scores")
+                         "the layer with bn_to_matching, which moves the sign to "
+                         "the scores")
     return epsilon.expand_as(like)
 
 def _problem(scores, mu, epsilon, smoothing):
@@ -71,8 +71,8 @@ def _problem(scores, mu, epsilon, smoothing):
         raise ValueError(f"smoothing is {smoothing!r}, expected 'linear', 'entropic' "
                          "or 'quadratic': choose one")
     if epsilon is None and smoothing != "linear":
-        raise ValueError(f"epsilon is missing, expected values > 0 for the {smoothing} "
-                         f"problem: pass epsilon")
+        raise ValueError("epsilon is missing, expected values > 0 for the "
+                         f"{smoothing} problem: pass epsilon")
     return _margins(scores, mu, epsilon)
 
 # %% ../nbs/02_solver.ipynb #48fce646

@@ -46,8 +46,8 @@ class Bank(nn.Module):
                  momentum: float = .5,    # m
                 ):
         super().__init__()
-        # rows of about length 1
-        self.temperature, self.momentum, bound = temperature, momentum, (3 / dims)**.5
+        self.temperature, self.momentum = temperature, momentum
+        bound = (3 / dims)**.5  # rows of about length 1
         self.register_buffer('known', torch.empty(places, dims).uniform_(-bound, bound))
         self.register_buffer('log_z', torch.tensor(torch.nan))
 

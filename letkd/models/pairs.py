@@ -61,8 +61,8 @@ def pair_taps(student: str, # a name, as `create_model` reads it
     s, t = places_of(student), places_of(teacher)
     both = lambda a, b: tuple(zip(a[-min(len(a), len(b)):], b[-min(len(a), len(b)):]))
     last = lambda p: '' if p.stages[-1] == p.penultimate else p.stages[-1]
-    stages, bounds = both(s.stages, t.stages), (s.student_boundaries or s.boundaries or s.stages,
-                                                t.boundaries or t.stages)
+    stages = both(s.stages, t.stages)
+    bounds = s.student_boundaries or s.boundaries or s.stages, t.boundaries or t.stages
     return dict(penultimate=(s.penultimate, t.penultimate),
                 intermediate=(s.intermediate, t.intermediate), stages=stages,
                 hint=stages[1], stem=(s.stem, t.stem), last=(last(s), last(t)),
