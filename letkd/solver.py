@@ -48,7 +48,7 @@ def _margins(scores, mu, epsilon=None):
                         "convert with torch.as_tensor(scores, dtype=torch.float32)")
     if scores.dim() == 0 or scores.shape[-1] == 0:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, expected ... x K "
-                         f"with K >= 1: put templates last")
+                         "with K >= 1: put templates last")
     like = scores.to(torch.promote_types(scores.dtype, torch.float32))
     s = _number("scores", like, like) - _number("mu", mu, like)
     return s, None if epsilon is None else _sharpness(epsilon, like)
@@ -250,8 +250,8 @@ def matching_to_bn(
     mu, epsilon, sign, c = matching
     _same_shape(mu=mu, epsilon=epsilon, sign=sign, mean=mean, var=var)
     if not torch.isin(sign, sign.new_tensor([-1, 0, 1])).all():
-        raise ValueError(f"sign has the values {sign.unique().tolist()[:5]}, expected "
-                         f"-1, 0 or 1: put size in epsilon")
+        raise ValueError(f"sign has the values {sign.unique().tolist()[:5]}, "
+                         "expected -1, 0 or 1: put size in epsilon")
     epsilon = _sharpness(epsilon, mean) / _positive_scalar(c, mean)
     return sign * epsilon * (var + eps).sqrt(), epsilon * (sign * mean - mu)
 
@@ -261,15 +261,15 @@ def _same_shape(**tensors):
     "Raise unless all are one-dimensional and of one length."
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(s) != 1 for s in shapes.values()):
-        raise ValueError(f"found shapes {shapes}, expected K values each: pass what "
-                         f"belongs to one layer")
+        raise ValueError(f"found shapes {shapes}, expected K values each: "
+                         "pass what belongs to one layer")
 
 def _positive_scalar(c, like):
     "`c` as a positive, finite scalar tensor."
     c = torch.as_tensor(c, dtype=like.dtype, device=like.device)
     if c.dim() or not (c.isfinite() & (c > 0)):
-        raise ValueError(f"c is {c.tolist()}, expected one finite number > 0: take "
-                         f"layer_scale(A) or 1")
+        raise ValueError(f"c is {c.tolist()}, expected one finite number > 0: "
+                         "take layer_scale(A) or 1")
     return c
 
 # %% ../nbs/02_solver.ipynb #82f970ec

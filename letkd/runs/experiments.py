@@ -215,8 +215,8 @@ def _parts(name: str) -> list:
     others = '(?:torchvision|timm)/'  # these names of networks have a slash
     match = re.fullmatch(f'([^/]+)/((?:{others})?[^/]+?(?:-{others}[^/]+)?)(?:/([^/]+))?', name)
     if match: return [*match.groups(default='ce')]
-    raise ValueError(f"experiment: found {name[:80]!r}; expected a name such as "
-                     f"'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
+    raise ValueError(f'experiment: found {name[:80]!r}; expected a name such as '
+                     "'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
 
 # %% ../../nbs/runs/experiments.ipynb #fed6d481
 def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd'
