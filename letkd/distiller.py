@@ -129,7 +129,9 @@ class Distiller(nn.Module):
 #| code-fold: true
 class _Function(nn.Module):
     "A plain function of images, as a network without modules."
-    def __init__(self, function: Callable): super().__init__(); self.function = function
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
     def forward(self, images): return self.function(images)
 
 def as_module(teacher # a network, a function of images, or None

@@ -190,7 +190,9 @@ def forward(self: KDLayer,
 class Losses(dict):
     """{layer: its loss}; `cut` lists the layers that were given a map without a
     gradient."""
-    def __init__(self): super().__init__(); self.cut = []
+    def __init__(self):
+        super().__init__()
+        self.cut = []
 
 def _line(layer: KDLayer) -> str:
     return f'KDLayer({layer.extra_repr()})' # its `str` has several

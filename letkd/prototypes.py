@@ -398,7 +398,9 @@ class KernelPrototypes(Supervision):
         self.tau, self.whiten = tau, whiten
 
     @property
-    def num_templates(self) -> int: self._fitted(); return len(self.mean)
+    def num_templates(self) -> int:
+        self._fitted()
+        return len(self.mean)
     def extra_repr(self) -> str: return f'tau={self.tau:g}, whiten={self.whiten}'
 
     def fit(self,
