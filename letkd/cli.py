@@ -25,10 +25,10 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
         if '=' not in pair:
             raise ValueError(f'--set: found {pair[:80]!r}; expected key=value, such as epochs=10')
     settings = dict(pair.split('=', 1) for pair in pairs)
-    if own := [key for key in settings if key in ('name', 'dataset', 'pair', 'seed', 'seeds',
-                                                  'recipe', 'options', 'cls')]:
-        raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument of '
-                         'its own; see letkd run --help')
+    taken = ('name', 'dataset', 'pair', 'seed', 'seeds', 'recipe', 'options', 'cls')
+    if own := [key for key in settings if key in taken]:
+        raise ValueError(f'--set: found {own[0]!r}, which is a part of the name or an argument '
+                         'of its own; see letkd run --help')
     return settings
 
 def _count(number: int, name: str = '--seeds') -> int: # of a demo or a sweep
@@ -45,7 +45,7 @@ def run_command(name: str,                    # data set/teacher-student/method,
                 device: Optional[str] = None, # None: CUDA where there is one
                 quiet: bool = False,          # no progress
                 checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
-                log: Optional[str] = None, # 'tensorboard': curves in a browser
+                log: Optional[str] = None,    # 'tensorboard': curves in a browser
                 recipe: str = 'letkd',        # or 'original'
                ):
     "Run one experiment and print its accuracy and where its record is."
@@ -53,16 +53,16 @@ def run_command(name: str,                    # data set/teacher-student/method,
     from letkd.runs.running import run
     if not name:
         raise ValueError('run: found no name; expected one such as '
-                         'digit_pairs/resnet56-resnet20/letkd2. What can stand in it: letkd '
-                         'run --names')
+                         'digit_pairs/resnet56-resnet20/letkd2. '
+                         'What can stand in it: letkd run --names')
     e = Experiment.named(name, recipe, seed=seed, **_settings(settings))
-    before = (Path(out)/e.folder/'record.json').exists()
+    path = Path(out)/e.folder/'record.json'
+    before = path.exists()
     record = run(e, out, device, quiet, checkpoint_every, log)
     print(f'{e.name} seed {e.seed}{", done before" if before else ""}: '
           f'top-1 {record["top1_last"]:.2f} % at the last epoch, '
-          f'{record["top1_best"]:.2f} % at the best '
-          f'({record["epoch_best"]}), on {record["eval_split"]}; {record["seconds"]:.0f} '
-          f's. Record: {Path(out)/e.folder/"record.json"}')
+          f'{record["top1_best"]:.2f} % at the best ({record["epoch_best"]}), '
+          f'on {record["eval_split"]}; {record["seconds"]:.0f} s. Record: {path}')
 
 # %% ../nbs/cli.ipynb #bb37af16
 def table_command(name: str,                    # such as 'digit_pairs', 'ablation/layers'
@@ -73,16 +73,16 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
                   pair: str = '',               # and this 'teacher-student'
                   settings: tuple = (),         # of 'key=value' strings, as the study was run with
                  ):
-    """Print the records of a data set or a study as a table, and the published figures beside them
-    where there are any."""
+    """Print the records of a data set or a study as a table, and the published figures
+    beside them where there are any."""
     from letkd.runs.recipes import DATASETS
     from letkd.models.imports import nearest
     from letkd.results.published import beside, format_beside, plot_beside, published
     from letkd.results.tables import format_table, plot_table, read_records, summary
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
     known, style = len(published(name)) > 0, 'markdown' if markdown else 'text'
-    records = ([r for r in read_records(out) if r['dataset'] == name] if Path(out).exists()
-               or name in DATASETS and not known else [])
+    look = Path(out).exists() or name in DATASETS and not known
+    records = [r for r in read_records(out) if r['dataset'] == name] if look else []
     if name not in DATASETS and not records: raise nearest('data set', name, DATASETS)
     if not records and not known:
         raise ValueError(f'{out}: found no record of {name}; make one with letkd run '
@@ -104,8 +104,8 @@ def _study_table(name, out, markdown, figure, dataset, pair, settings, records=N
     print(format_study(name, frame, where, 'markdown' if markdown else 'text'))
     if not figure: return
     if name != 'ablation/subclasses':
-        raise ValueError(f'--figure: found {name}; of the ablations only ablation/subclasses '
-                         'is a curve')
+        raise ValueError(f'--figure: found {name}; of the ablations only '
+                         'ablation/subclasses is a curve')
     plot_option(frame, where).savefig(figure, dpi=150)
 
 def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = False):
@@ -117,8 +117,8 @@ def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = Fals
     print(format_costs(frame, title, 'markdown' if markdown else 'text'))
 
 # %% ../nbs/cli.ipynb #4f71155b
-def _plan(experiments: list) -> dict:
-    # {folder: (`Experiment`, the folder of its teacher's run or None)}, teachers first
+def _plan(experiments: list
+         ) -> dict: # {folder: (`Experiment`, the folder of its teacher's run or None)}, in order
     from letkd.methods import addends
     plan = {}
     for e in experiments:
@@ -134,8 +134,8 @@ def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str
                 deterministic=torch.are_deterministic_algorithms_enabled())
     flags = [word for name, value in more.items() if value
              for word in [f'--{name}', value][:1 if value is True else 2]]
-    return [*shlex.split(e.command)[1:], '--out', str(out), '--checkpoint-every',
-            checkpoint_every, *flags]
+    return [*shlex.split(e.command)[1:],
+            '--out', str(out), '--checkpoint-every', checkpoint_every, *flags]
 
 # %% ../nbs/cli.ipynb #c22fe0b2
 _WORK = 'from letkd.cli import main; from letkd.runs.jobs import work; work(main)'
@@ -145,19 +145,18 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     from letkd.data.files import make_folder
     from letkd.runs.running import run
     make_folder(Path(out))  # a place that cannot be written to fails once, not once a run
-    plan, own, records = _plan(experiments), {e.folder for e in experiments}, {}
-    failed = _side_by_side(plan, jobs, out, device, quiet, checkpoint_every,
-                           log) if jobs > 1 else {}
+    plan, own = _plan(experiments), {e.folder for e in experiments}
+    common, records, failed = (device, quiet, checkpoint_every, log), {}, {}
+    if jobs > 1: failed = _side_by_side(plan, jobs, out, *common)
     for i, (folder, (e, teacher)) in enumerate(plan.items()):
         if teacher in failed: failed.setdefault(folder)
         if folder in failed or jobs > 1 and folder not in own: continue
         if jobs == 1 and not quiet: print(f'{i + 1}/{len(plan)}: {folder}', flush=True)
-        try:
-            records[folder] = (call if folder in own else run)(e, out, device, quiet,
-                                                               checkpoint_every, log)
+        try: records[folder] = (call if folder in own else run)(e, out, *common)
         except _ERRORS as error: failed[folder] = _text(error)
-    return [records[folder] for folder in dict.fromkeys(e.folder for e in experiments)
-            if folder in records], reasons(failed, len(plan))
+    asked = dict.fromkeys(e.folder for e in experiments)
+    done = [records[folder] for folder in asked if folder in records]
+    return done, reasons(failed, len(plan))
 
 def _side_by_side(plan: dict, jobs: int, out, *common
                  ) -> dict: # {folder: why} of the runs that failed
@@ -166,9 +165,9 @@ def _side_by_side(plan: dict, jobs: int, out, *common
         raise ValueError(f'--jobs: found {jobs} under torchrun, whose processes share each run; '
                          'expected 1')
     missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
-    return Jobs({folder: (_words(plan[folder][0], out, *common), plan[folder][1]
-                          if plan[folder][1] in missing else None) for folder in missing},
-                jobs, _WORK, quiet=common[1]).run()
+    todo = {folder: (_words(e, out, *common), teacher if teacher in missing else None)
+            for folder, (e, teacher) in plan.items() if folder in missing}
+    return Jobs(todo, jobs, _WORK, quiet=common[1]).run()
 
 # %% ../nbs/cli.ipynb #d4de8fcc
 def sweep_command(name: str, # 'cifar100', 'ablation/layers'; see `letkd.results.published.study`
@@ -191,10 +190,12 @@ def sweep_command(name: str, # 'cifar100', 'ablation/layers'; see `letkd.results
     from letkd.results.tables import format_table, summary
     _count(jobs, '--jobs')
     experiments = study(name, dataset, pair, _count(seeds), recipe, **_settings(settings))
-    records, failed = _run_all(experiments, jobs, probe_run if name == 'ablation/probe' else run,
-                               out, device, quiet, checkpoint_every, log)
+    call = probe_run if name == 'ablation/probe' else run
+    records, failed = _run_all(experiments, jobs, call, out, device, quiet, checkpoint_every, log)
     print('\n' + format_table(summary(records)))
-    if '/' in name: print(), _study_table(name, out, False, None, dataset, pair, settings, records)
+    if '/' in name:
+        print()
+        _study_table(name, out, False, None, dataset, pair, settings, records)
     if failed: raise RuntimeError(failed)
 
 # %% ../nbs/cli.ipynb #26a00002
@@ -221,8 +222,8 @@ def reproduce_command(record: str,                  # a record.json
     for line in lost: print(line, flush=True)
     if data: e = replace(e, data=data)
     if (Path(out)/e.folder/'record.json').exists():
-        raise ValueError(f'{Path(out)/e.folder}: found a record already; expected a folder '
-                         'in which this run has not been made')
+        raise ValueError(f'{Path(out)/e.folder}: found a record already; '
+                         'expected a folder in which this run has not been made')
     print(f'{e.command} --out {out}', flush=True)
     good, lines = compare(known, run(e, out, device, quiet, checkpoint_every, log))
     print('\n'.join(lines))
@@ -236,8 +237,7 @@ def _lost(record: dict
     for name, then in record.get('imported', {}).items():
         package = name.startswith('package ')
         way = 'install it' if package else f'letkd --import PATH/{name} reproduce ... brings it'
-        what = (f'{name}, {"version" if package else "SHA-256"} {then:.16}'
-                + ('' if package else '...'))
+        what = f'{name}, version {then:.16}' if package else f'{name}, SHA-256 {then:.16}...'
         if name not in now:
             found.append(f'the record was made with {what}, which was not imported: {way}')
         elif now[name] != then:
@@ -256,25 +256,26 @@ def taps_command(name: str,                # of the network
     from letkd.models.places import format_places, places
     numbers = size.split('x')
     if len(numbers) != 3 or not all(n.isdecimal() and 0 < int(n) <= 4096 for n in numbers):
-        raise ValueError(f'--input: found {size!r:.80}; expected channels, height and width, such '
-                         'as 3x224x224')
+        raise ValueError(f'--input: found {size!r:.80}; expected channels, height and width, '
+                         'such as 3x224x224')
     if not 0 < classes <= 10**6:
         raise ValueError(f'--classes: found {classes}; expected 1 .. 1000000')
-    print(format_places(places(create_model(name, classes), torch.zeros(2, *map(int, numbers))),
-                        everything))
+    model, images = create_model(name, classes), torch.zeros(2, *map(int, numbers))
+    print(format_places(places(model, images), everything))
 
 # %% ../nbs/cli.ipynb #41e722e3
-def export_command(run: str, # a run's folder, its record.json or its student.safetensors
+def export_command(run: str,             # a run's folder, its record.json or its student's file
                    to: str,              # the file; its ending chooses the form
                    pixels: bool = False, # it takes bytes and normalises them itself?
                   ):
     "Write the student of a finished run for others, and say how well the file agrees with it."
     from letkd.runs.shipping import export_run, trained
-    found, images = export_run(run, to, pixels), trained(run)[1]['images']
+    found = export_run(run, to, pixels)
+    images = trained(run)[1]['images']
     height, width = images['size']
     takes = 'bytes' if pixels else '(bytes / 255 - mean) / std'
-    print(f'{to}: takes {takes}, B x 3 x {height} x {width}, and gives B x '
-          f'{len(images["classes"])} logits')
+    print(f'{to}: takes {takes}, B x 3 x {height} x {width}, '
+          f'and gives B x {len(images["classes"])} logits')
     print(f'mean {images["mean"]}, std {images["std"]}')
     print(f'on {found["images"]} images {found["difference"]:.0e} of the largest logit away from '
           f'the student, {found["same"]} classes the same')
@@ -291,8 +292,8 @@ def bench_command(quick: bool = False,          # about a minute instead of a fe
     from letkd.runs.checkpoints import write_text
     from letkd.data.files import check_place
     if file: check_place(file)  # before the minutes, not after them
-    record = bench.bench(bench.QUICK if quick else bench.FULL, device, threads, parts
-                         or bench.PARTS)
+    scale = bench.QUICK if quick else bench.FULL
+    record = bench.bench(scale, device, threads, parts or bench.PARTS)
     print('\n' + bench.format_bench(record))
     if file: write_text(file, json.dumps(record, indent=1, allow_nan=False) + '\n')
 
@@ -327,10 +328,10 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
     start, experiments = time.time(), demo_experiments(seeds, long)
     teacher = next(e for e in experiments if e.teacher).of_teacher()
     done = sum((Path(out)/e.folder/'record.json').exists() for e in [teacher, *experiments])
+    already = f', {done} of them done already' if done else ''
     print(f'{teacher.student} teaches {experiments[0].student} on DigitPairs, '
-          f'{teacher.train_size:,} images of 100 classes: '
-          f'{len(experiments) + 1} runs' + (f', {done} of them done already' if done else '')
-          + f'. Results go to {out}/', flush=True)
+          f'{teacher.train_size:,} images of 100 classes: {len(experiments) + 1} runs{already}. '
+          f'Results go to {out}/', flush=True)
     records, failed = _run_all([teacher, *experiments], jobs, run, out, device, quiet,
                                checkpoint_every, log)
     if failed: raise RuntimeError(failed)
@@ -351,7 +352,8 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
     from letkd.runs.running import load_run
     known, unseen = (e.load(split).subset(slice(3000)) for split in ('train', e.eval_split))
     distiller, folder = load_run(e, out, device), Path(out)/'figures'
-    on_device = lambda images: Batches(images.to(next(distiller.student.parameters()).device), 500)
+    where = next(distiller.student.parameters()).device
+    on_device = lambda images: Batches(images.to(where), 500)
     about = dict(samples=(analysis.show_samples(unseen), 'images and their true parts'),
                  assignments=_templates(distiller, known, unseen, on_device),
                  transitions=_subclasses(distiller, known, on_device),
@@ -381,11 +383,10 @@ def _subclasses(distiller, known, on_device) -> tuple: # (figure, what it shows)
     from letkd.results import pictures
     from letkd.taps import stream
     term = _term(distiller, 'intermediate')
-    found, cells = term.supervision, stream(distiller.teacher, term.teacher_tap, on_device(known),
-                                            term.grid)
+    found, (h, w) = term.supervision, term.grid
+    cells = stream(distiller.teacher, term.teacher_tap, on_device(known), term.grid)
     own, distance = pictures.subclass_cells(found, cells)
-    typical = pictures.nearest_cells(own, distance, found.num_templates, 4,
-                                     term.grid[0] * term.grid[1])
+    typical = pictures.nearest_cells(own, distance, found.num_templates, 4, h * w)
     mass = pictures.shared_mass(found.transition, known.classes)
     return (pictures.show_transitions(found.transition.cpu(), known, typical, term.grid),
             f'{mass["shared"]:.0%} of the mass that leaves a class goes to classes with one digit '
@@ -398,7 +399,7 @@ def _common(parser, out: str):
     parser.add_argument('--quiet', action='store_true', help='no progress')
     parser.add_argument('--checkpoint-every', default='5m', metavar='N',
                         help='besides the end of each epoch: 200 (steps), 90s, 5m, 2h '
-                        '(default: 5m)')
+                             '(default: 5m)')
     parser.add_argument('--log', choices=('tensorboard',),
                         help='watch it: tensorboard --logdir OUT shows every epoch of every run')
     parser.add_argument('--deterministic', action='store_true',
@@ -406,13 +407,13 @@ def _common(parser, out: str):
 
 def _recipe(parser):
     parser.add_argument('--recipe', default='letkd',
-                        help="letkd: letKD's for every row; original: that of the paper a "
-                        "row comes "
-                        "from (default: letkd)")
+                        help="letkd: letKD's for every row; original: that of the paper "
+                             'a row comes from (default: letkd)')
+
 def _jobs(parser):
     parser.add_argument('--jobs', type=int, default=1, metavar='N',
                         help='so many runs at the same time, each with its share of the cores '
-                        '(default: 1)')
+                             '(default: 1)')
 
 def _set(parser):
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings',
@@ -429,7 +430,8 @@ def names() -> str: # many lines
     from letkd.runs.recipes import DATASETS
     from letkd.runs.experiments import Experiment
     from letkd.models import model_names
-    about, methods = docments(Experiment), [*METHODS, *(m for m in installed() if m not in METHODS)]
+    about = docments(Experiment)
+    methods = [*METHODS, *(m for m in installed() if m not in METHODS)]
     settings = [f'  {f.name:19} {about.get(f.name) or ""} ({f.default!r})'
                 for f in fields(Experiment)[5:] if f.default is not MISSING]
     options = [f'  {m:19} {", ".join(f"{k}={v}" for k, v in method_options(m).items()) or "none"}'
@@ -441,28 +443,30 @@ def names() -> str: # many lines
 
 # %% ../nbs/cli.ipynb #f5ac97d9
 def _demo_arguments(commands):
-    demo = commands.add_parser('demo', help='a teacher, five students, a table and figures, '
-                               'in minutes',
-                               description='Train a teacher and five students on DigitPairs, print '
-                               'a table, draw figures. '
-                                           'Stopped by Ctrl-C, it goes on when called again.')
+    demo = commands.add_parser(
+        'demo', help='a teacher, five students, a table and figures, in minutes',
+        description='Train a teacher and five students on DigitPairs, print a table, '
+                    'draw figures. Stopped by Ctrl-C, it goes on when called again.')
     demo.add_argument('--seeds', type=int, default=1, help='runs of each method (default: 1)')
     demo.add_argument('--long', action='store_true',
-                      help='a longer schedule, the setting in which the comparison is fair; about '
-                      'half an hour')
-    _common(demo, 'demo'); _jobs(demo); demo.set_defaults(call=demo_command)
+                      help='a longer schedule, the setting in which the comparison is fair; '
+                           'about half an hour')
+    _common(demo, 'demo')
+    _jobs(demo)
+    demo.set_defaults(call=demo_command)
 
 def _run_arguments(commands):
-    run = commands.add_parser('run', help='one experiment',
-                              formatter_class=argparse.RawDescriptionHelpFormatter,
-                              description='Run one experiment, its teacher first where it is '
-                              'missing. The same command again goes on '
-                                          'where it stopped.\nExample: letkd run '
-                              'digit_pairs/resnet56-resnet20/letkd2 --set epochs=10 --set tau=4')
+    run = commands.add_parser(
+        'run', help='one experiment', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Run one experiment, its teacher first where it is missing. '
+                    'The same command again goes on where it stopped.\n'
+                    'Example: letkd run digit_pairs/resnet56-resnet20/letkd2 '
+                    '--set epochs=10 --set tau=4')
     run.add_argument('name', nargs='?', help='data set/teacher-student/method, or data set/network')
     run.add_argument('--seed', type=int, default=0,
                      help='of weights, order and augmentation (default: 0)')
-    _recipe(run); _set(run)
+    _recipe(run)
+    _set(run)
     run.add_argument('--names', action='store_const', const=_names_command, dest='call',
                      default=run_command, help='list data sets, networks, methods and settings')
     _common(run, 'runs')
@@ -473,25 +477,30 @@ _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /cap
             '/subclasses, /kernels, /hints, /prototypes, /long')
 
 def _elsewhere(parser):
-    parser.add_argument('--dataset', default='', help="of a study: on this data set (default: the "
-                        "study's own)")
-    parser.add_argument('--pair', default='', help='of a study: on this teacher-student (default: '
-                        'the published pairs)')
+    parser.add_argument('--dataset', default='',
+                        help="of a study: on this data set (default: the study's own)")
+    parser.add_argument('--pair', default='',
+                        help='of a study: on this teacher-student (default: the published pairs)')
     _set(parser)
 
 def _sweep_arguments(commands):
-    sweep = commands.add_parser('sweep', help='every run of a published table or ablation',
-                                description=f'Run what is missing of a study: {_STUDIES}. Then '
-                                'print it beside the published figures.')
+    sweep = commands.add_parser(
+        'sweep', help='every run of a published table or ablation',
+        description=f'Run what is missing of a study: {_STUDIES}. '
+                    'Then print it beside the published figures.')
     sweep.add_argument('name', help='such as cifar100 or ablation/layers')
     sweep.add_argument('--seeds', type=int, default=1, help='runs of each row (default: 1)')
-    _recipe(sweep); _elsewhere(sweep)
-    _common(sweep, 'runs'); _jobs(sweep); sweep.set_defaults(call=sweep_command)
+    _recipe(sweep)
+    _elsewhere(sweep)
+    _common(sweep, 'runs')
+    _jobs(sweep)
+    sweep.set_defaults(call=sweep_command)
 
+# %% ../nbs/cli.ipynb #9f50e7ac
 def _table_arguments(commands):
-    table = commands.add_parser('table', help='the records of a data set or a study as a table',
-                                description='Print what was run, mean ± standard deviation '
-                                '(n), and what is published.')
+    table = commands.add_parser(
+        'table', help='the records of a data set or a study as a table',
+        description='Print what was run, mean ± standard deviation (n), and what is published.')
     table.add_argument('name', help=f'such as digit_pairs, or a study: {_STUDIES}')
     table.add_argument('--out', default='runs', help='folder of the records (default: runs)')
     table.add_argument('--markdown', action='store_true', help='as Markdown')
@@ -501,23 +510,26 @@ def _table_arguments(commands):
 
 # %% ../nbs/cli.ipynb #26a00003
 def _reproduce_arguments(commands):
-    again = commands.add_parser('reproduce', help='run what a record describes, and compare',
-                                description='Run what a record describes '
-                                'once more, in another folder, and compare the two: bit for bit '
-                                'where device and versions are the same.')
+    again = commands.add_parser(
+        'reproduce', help='run what a record describes, and compare',
+        description='Run what a record describes once more, in another folder, and compare '
+                    'the two: bit for bit where device and versions are the same.')
     again.add_argument('record', help='a record.json')
-    again.add_argument('--data', metavar='PATH', help="where your own data set lies here "
-                       "(default: where the record says)")
-    _common(again, 'reproduced'); again.set_defaults(call=reproduce_command)
+    again.add_argument('--data', metavar='PATH',
+                       help="where your own data set lies here "
+                            '(default: where the record says)')
+    _common(again, 'reproduced')
+    again.set_defaults(call=reproduce_command)
 
 # %% ../nbs/cli.ipynb #4138430d
 def _taps_arguments(commands):
-    taps = commands.add_parser('taps', help='where one can look in a network',
-                               description='List the modules whose output is a map, in '
-                               'the order in which they run, and mark the two places where KD '
-                               'layers are put as a rule.')
-    taps.add_argument('name', metavar='network', help='such as resnet20, torchvision/vit_b_16, '
-                      'timm/convnext_atto, or my_nets:tiny')
+    taps = commands.add_parser(
+        'taps', help='where one can look in a network',
+        description='List the modules whose output is a map, in the order in which they run, '
+                    'and mark the two places where KD layers are put as a rule.')
+    taps.add_argument('name', metavar='network',
+                      help='such as resnet20, torchvision/vit_b_16, timm/convnext_atto, '
+                           'or my_nets:tiny')
     taps.add_argument('--input', default='3x32x32', metavar='CxHxW', dest='size',
                       help='an image (default: 3x32x32)')
     taps.add_argument('--classes', type=int, default=10, help='logits (default: 10)')
@@ -527,25 +539,25 @@ def _taps_arguments(commands):
 
 # %% ../nbs/cli.ipynb #e49bdda5
 def _export_arguments(commands):
-    export = commands.add_parser('export', help='the student of a run as a file for others',
-                                 description='Write the student of a finished '
-                                 'run, KD layers folded, as a file that others open without letkd, '
-                                 'and compare the two.')
+    export = commands.add_parser(
+        'export', help='the student of a run as a file for others',
+        description='Write the student of a finished run, KD layers folded, as a file that '
+                    'others open without letkd, and compare the two.')
     export.add_argument('run', help='folder of a finished run, its record.json or its '
-                        'student.safetensors')
+                                    'student.safetensors')
     export.add_argument('--to', required=True, metavar='FILE',
                         help='the ending chooses the form: .pt2, .onnx, .ts (TorchScript), '
-                        '.safetensors')
+                             '.safetensors')
     export.add_argument('--pixels', action='store_true',
                         help='the file takes bytes 0 .. 255 and normalises them itself')
     export.set_defaults(call=export_command)
 
 # %% ../nbs/cli.ipynb #e4f08b16
 def _bench_arguments(commands):
-    bench = commands.add_parser('bench', help='what the library costs on this machine, side by '
-                                'side', description='Time the layer over its '
-                                'floor, whole steps before and after, data, K-means, LDA and '
-                                'growth, and print tables. A few minutes.')
+    bench = commands.add_parser(
+        'bench', help='what the library costs on this machine, side by side',
+        description='Time the layer over its floor, whole steps before and after, data, '
+                    'K-means, LDA and growth, and print tables. A few minutes.')
     bench.add_argument('--quick', action='store_true',
                        help='fewer shapes, fewer times: about a minute')
     bench.add_argument('--json', dest='file', metavar='FILE',
@@ -560,18 +572,18 @@ def _bench_arguments(commands):
 def _import(parser, dest: str, default):
     parser.add_argument('--import', action='append', default=default, dest=dest, metavar='FILE',
                         help='a Python file, or a module, with methods and networks of your own; '
-                        'may be repeated')
+                             'may be repeated')
 
 # %% ../nbs/cli.ipynb #ababdff3
 def parser() -> argparse.ArgumentParser: # with one for each command; `call` is its function
     "The arguments of `letkd`."
-    p = argparse.ArgumentParser('letkd', description='Knowledge distillation layers that let the '
-                                'student decide.')
+    p = argparse.ArgumentParser(
+        'letkd', description='Knowledge distillation layers that let the student decide.')
     p.add_argument('--version', action='version', version=f'letkd {__version__}')
     commands = p.add_subparsers(dest='command', required=True, metavar='command')
     for add in (_demo_arguments, _run_arguments, _sweep_arguments, _reproduce_arguments,
-                _table_arguments, _taps_arguments,
-                _export_arguments, _bench_arguments): add(commands)
+                _table_arguments, _taps_arguments, _export_arguments, _bench_arguments):
+        add(commands)
     _import(p, 'imports', [])
     for command in commands.choices.values(): _import(command, 'more_imports', argparse.SUPPRESS)
     return p
@@ -608,7 +620,8 @@ def main(args: Optional[list] = None # of strings; None: those of the process
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the signs of a table, such as ±
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     given = vars(parser().parse_args(args))
-    call = given.pop('call'); given.pop('command')
+    call = given.pop('call')
+    given.pop('command')
     plain, warnings.formatwarning = warnings.formatwarning, lambda said, *_: f'letkd: {said}\n'
     try:
         _call(call, **given)
@@ -617,14 +630,15 @@ def main(args: Optional[list] = None # of strings; None: those of the process
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as e:
-        print(f'\nletkd: {str(e) or "interrupted"}'
-              + ('' if 'goes on' in str(e) else '; the same command goes on from the last '
-                 'checkpoint'), file=sys.stderr)
+        said = str(e) or 'interrupted'
+        if 'goes on' not in said: said += '; the same command goes on from the last checkpoint'
+        print(f'\nletkd: {said}', file=sys.stderr)
         return getattr(e, 'code', 130)
     except _ERRORS as e:
         print(f'letkd: {_text(e)}', file=sys.stderr)
         return 2
-    finally: warnings.formatwarning = plain
+    finally:
+        warnings.formatwarning = plain
     return 0
 
 # %% ../nbs/cli.ipynb #f935e997

@@ -23,9 +23,9 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import (Layout, as_maps, capture, compiled_capture, evaluating,
-                        find_layout, grid_of, insert, is_exported,
-                        largest, logits_of, replace, resolve, rows, stream, unpack)
+from .taps import (
+    Layout, as_maps, capture, compiled_capture, evaluating, find_layout, grid_of,
+    insert, is_exported, largest, logits_of, replace, resolve, rows, stream, unpack)
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
 #| code-fold: true
@@ -109,9 +109,9 @@ class Distiller(nn.Module):
         self.student, self.terms = student, nn.ModuleList(terms)
         self.__dict__.update(teacher=as_module(teacher), known=(None, ()),
                              layouts=dict(student={}, teacher={}))
-        self.needs_teacher, self.memory = any(t.teacher for t in self.terms), None
-        self.compiled, self.output, self.looked = None, output, False
-        self.frozen, self.inserted = set(), []
+        self.needs_teacher = any(t.teacher for t in self.terms)
+        self.output, self.memory, self.compiled = output, None, None
+        self.looked, self.frozen, self.inserted = False, set(), []
         raise_all('Distiller', _faults(self))
         self._insert()
         _settle(self)
@@ -129,7 +129,9 @@ class Distiller(nn.Module):
 #| code-fold: true
 class _Function(nn.Module):
     "A plain function of images, as a network without modules."
-    def __init__(self, function: Callable): super().__init__(); self.function = function
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
     def forward(self, images): return self.function(images)
 
 def as_module(teacher # a network, a function of images, or None
@@ -137,10 +139,9 @@ def as_module(teacher # a network, a function of images, or None
     "A teacher as a module."
     if teacher is None or isinstance(teacher, nn.Module): return teacher
     if callable(teacher): return _Function(teacher)
-    raise TypeError(f'teacher: found {type(teacher).__name__}; expected a network, a '
-                    'function of images, or None. '
-                    'Several teachers are one: a function that returns the mean of '
-                    'their logits')
+    raise TypeError(f'teacher: found {type(teacher).__name__}; expected a network, '
+                    'a function of images, or None. Several teachers are one: '
+                    'a function that returns the mean of their logits')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a08
 #| code-fold: true
@@ -164,15 +165,15 @@ def attempted(do: Callable, *args) -> list: # of the exception that came, if one
 def _faults(d: Distiller) -> Iterator[Exception]:
     """Where the terms do not fit together, or to the networks; nothing has been changed
     yet."""
-    names, places = [t.name for t in d.terms], [tap for t in d.terms
-                                                for tap in t.layers]
+    names = [t.name for t in d.terms]
+    places = [tap for t in d.terms for tap in t.layers]
     paths = [path for t in d.terms for path in t.replaces]
     if not isinstance(d.student, nn.Module):
-        yield TypeError(f'student: found {type(d.student).__name__}; expected '
-                        'a network')
+        yield TypeError(f'student: found {type(d.student).__name__}; '
+                        'expected a network')
     if len(set(names)) < len(names):
-        yield ValueError(f'Distiller: found terms {names}; each needs a name '
-                         'of its own')
+        yield ValueError(f'Distiller: found terms {names}; '
+                         'each needs a name of its own')
     if d.needs_teacher and d.teacher is None:
         yield ValueError('Distiller: found no teacher; '
                          f'{[t.name for t in d.terms if t.teacher]} need one')
@@ -196,31 +197,30 @@ def _shared(d: Distiller) -> list:
     """What belongs to the teacher and to what is trained: training would change the
     teacher, and eval mode the student."""
     if d.teacher is None: return []
-    trained = [d.student, *d.terms, *(m for t in d.terms
-                                      for m in [*t.layers.values(),
-                                                *t.replaces.values()])]
+    trained = [d.student, *d.terms]
+    for t in d.terms: trained += [*t.layers.values(), *t.replaces.values()]
     kinds = dict(module='named_modules', parameter='named_parameters',
                  buffer='named_buffers')
     for kind, walk in kinds.items():
         theirs = {id(x): name for name, x in getattr(d.teacher, walk)()}
-        both = [(name, theirs[id(x)]) for part in trained for name,
-                x in getattr(part, walk)()
+        both = [(name, theirs[id(x)])
+                for part in trained for name, x in getattr(part, walk)()
                 if id(x) in theirs and not _is_stateless(x)]
         if both:
-            pairs = ', '.join(f'{a or "(itself)"!r}'
-                              + f' is {b or "(itself)"!r}' * (a != b) for a,
-                              b in both[:4])
-            return [ValueError(f'Distiller: found {len(both)} {kind}s that the student '
-                               f'or a term shares with the teacher ({pairs}); '
-                               'the teacher '
-                               'must not change while the student is trained: give it '
-                               'its own by copy.deepcopy')]
+            pairs = ', '.join(
+                f'{a or "(itself)"!r}' + f' is {b or "(itself)"!r}' * (a != b)
+                for a, b in both[:4])
+            return [ValueError(
+                f'Distiller: found {len(both)} {kind}s that the student or a term '
+                f'shares with the teacher ({pairs}); the teacher must not change while '
+                'the student is trained: give it its own by copy.deepcopy')]
     return []
 
 def _is_stateless(x) -> bool:
     # the same activation may stand in two networks, as a default argument does
-    return (isinstance(x, nn.Module) and type(x).__module__
-            == 'torch.nn.modules.activation' and not [*x.parameters()])
+    return (isinstance(x, nn.Module)
+            and type(x).__module__ == 'torch.nn.modules.activation'
+            and not [*x.parameters()])
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a03
 #| code-fold: true
@@ -229,13 +229,13 @@ _WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParalle
 
 def _wrapped(d: Distiller) -> Iterator[Exception]:
     "Engines around the student, which know nothing of what the terms train."
-    found = {k.__name__ for m in d.student.modules()
-             for k in type(m).__mro__} & _WRAPPERS
+    kinds = {k.__name__ for m in d.student.modules() for k in type(m).__mro__}
+    found = kinds & _WRAPPERS
     trains = [t.name for t in d.terms if [*t.parameters()] or t.layers or t.replaces]
     if found and trains:
         yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, '
-                         f'which would not synchronise what {trains} '
-                         'train beside it: wrap the distiller instead, as in '
+                         f'which would not synchronise what {trains} train beside it: '
+                         'wrap the distiller instead, as in '
                          'DistributedDataParallel(Distiller(network, teacher, terms))')
 
 # %% ../nbs/07_distiller.ipynb #c524914a
@@ -251,8 +251,8 @@ def forward(self: Distiller,
             after_epoch: Optional[float] = None,
            ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    batch, maps, layers = self.batch(images, labels, index, progress,
-                                     after_epoch), Maps(), self.layers
+    batch = self.batch(images, labels, index, progress, after_epoch)
+    maps, layers = Maps(), self.layers
     targets = self._targets(maps, batch)
     with nullcontext() if self.looked else _counted(self), \
          capture(self.student, self.taps('student')) as maps.student, \
@@ -264,16 +264,17 @@ def forward(self: Distiller,
     if not self.looked: self._look(maps, batch)
     found = {term.name: term(maps, batch) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
-    return maps.student_logits, {term.name: term.weight * found[term.name]
-                                 for term in self.terms}
+    weighted = {term.name: term.weight * found[term.name] for term in self.terms}
+    return maps.student_logits, weighted
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a05
 #| code-fold: true
 def _is_plain(images, labels, index) -> bool: # nothing to do?
     return (isinstance(images, Tensor) and isinstance(labels, Tensor)
             and labels.dtype is torch.int64 and labels.ndim == 1
-            and (index is None or isinstance(index, Tensor)
-                 and index.dtype is torch.int64) and 0 < len(labels) == len(images))
+            and (index is None
+                 or isinstance(index, Tensor) and index.dtype is torch.int64)
+            and 0 < len(labels) == len(images))
 
 @patch
 def batch(self: Distiller, images, labels=None, index=None, progress=0.,
@@ -282,16 +283,18 @@ def batch(self: Distiller, images, labels=None, index=None, progress=0.,
     if _is_plain(images, labels, index):
         return Batch(images, labels, index, progress, after_epoch)
     given = index
-    images, labels, index = unpack(images if labels is None
-                                   else (images, labels, index), look=not self.looked)
+    whole = images if labels is None else (images, labels, index)
+    images, labels, index = unpack(whole, look=not self.looked)
     if given is not None and index is None:
         found = f'{type(given).__name__} {list(getattr(given, "shape", ()))}'
         raise ValueError(f'index: found {found}; expected {len(labels)} whole numbers')
     return Batch(images, labels, index, progress, after_epoch)
 
 @patch
-def _logits(self: Distiller, side: str, out
-           ) -> Tensor: # what the network of that side has returned
+def _logits(self: Distiller,
+            side: str, # 'student' or 'teacher'
+            out,       # what the network of that side has returned
+           ) -> Tensor:
     return out if isinstance(out, Tensor) else logits_of(out, side, self.output)
 
 # %% ../nbs/07_distiller.ipynb #847fdf9c
@@ -302,8 +305,8 @@ def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
         maps.teacher_logits, found = self._teacher(batch)
         maps.teacher = as_maps(self.teacher, found, batch.images,
                                self.layouts['teacher'])
-    return {tap: target for term in self.terms for tap,
-            target in term.targets(maps, batch).items()}
+    return {tap: target for term in self.terms
+            for tap, target in term.targets(maps, batch).items()}
 
 @patch
 def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
@@ -324,9 +327,10 @@ def _settle(d: Distiller):
     "The teacher in eval mode, whatever another module that holds it has done to it."
     teacher, modules = d.known
     if teacher is not d.teacher:  # the first time, or it was folded
-        if is_exported(d.teacher): _check_exported(d.teacher)
-        d.known = teacher, modules = (d.teacher, [] if is_exported(d.teacher)
-                                      else list(d.teacher.modules()))
+        exported = is_exported(d.teacher)
+        if exported: _check_exported(d.teacher)
+        teacher, modules = d.teacher, [] if exported else list(d.teacher.modules())
+        d.known = teacher, modules
     if True in [m.training for m in modules]: teacher.eval()
 
 def _check_exported(model: nn.Module):
@@ -341,7 +345,8 @@ def _check_exported(model: nn.Module):
 # %% ../nbs/07_distiller.ipynb #a91d9c41
 #| code-fold: true
 @patch
-def targets(self: Distiller, images: Tensor, # B x 3 x H x W
+def targets(self: Distiller,
+            images: Tensor,                  # B x 3 x H x W
             labels: Optional[Tensor] = None, # B, where a supervision needs them
            ) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
@@ -361,7 +366,9 @@ def _insert(self: Distiller):
                 self.inserted.append(replace(self.student, path, module))
         for tap, layer in self.layers.items():
             self.inserted.append(insert(self.student, tap, layer))
-    except BaseException: self.remove(); raise
+    except BaseException:
+        self.remove()
+        raise
 
 @patch
 def remove(self: Distiller):
@@ -382,16 +389,14 @@ def _counted(d: Distiller):
             why = ('loops over all its children' if calls[tap] == 1
                    else f'is called {calls[tap]} times')
             raise RuntimeError(f'tap {tap!r}: the layer there runs twice, because its '
-                               f'{parent} {why}; '
-                               "put it elsewhere, such as at the next module's "
-                               "':input'")
+                               f'{parent} {why}; put it elsewhere, such as at '
+                               "the next module's ':input'")
     for tap, layer in d.layers.items():
         parent = resolve(d.student, tap)
-        handles.append(parent.register_forward_pre_hook(lambda m, args,
-                                                        tap=tap: count(m, tap),
-                                                        prepend=True))
-        hook = lambda m, args, tap=tap, name=type(parent).__name__: check(m, tap, name)
-        handles.append(layer.register_forward_pre_hook(hook))
+        begin = lambda m, args, tap=tap: count(m, tap)
+        reach = lambda m, args, tap=tap, name=type(parent).__name__: check(m, tap, name)
+        handles.append(parent.register_forward_pre_hook(begin, prepend=True))
+        handles.append(layer.register_forward_pre_hook(reach))
     try: yield
     finally:
         for handle in handles: handle.remove()
@@ -422,8 +427,9 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
 def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch: Batch):
     """Every loss and every map that a term reads has a gradient, unless it is meant to
     have none."""
-    dead = [t.name for t in self.terms if not getattr(found[t.name], 'requires_grad',
-                                                      False) and not t.silent(batch)]
+    learns = lambda loss: getattr(loss, 'requires_grad', False)
+    dead = [t.name for t in self.terms
+            if not learns(found[t.name]) and not t.silent(batch)]
     taps = [tap for tap, x in maps.student.items() if not x.requires_grad]
     taps += [tap for tap, layer in self.layers.items() if layer in cut]
     if not dead and (not taps or self.frozen.issuperset(taps)): return
@@ -433,15 +439,15 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
     for tap in taps:
         if before := _trained_before(self, tap, batch.images):
             raise RuntimeError(f"student's tap {tap!r}: found a map without a "
-                               f"gradient, "
-                               f"although {before} before it can be "
-                               f'trained. {hint} What shall not be trained needs '
+                               f'gradient, although {before} before it can be trained. '
+                               f'{hint} What shall not be trained needs '
                                'requires_grad_(False)')
         self.frozen.add(tap)
-    if dead: raise RuntimeError(f'{dead}: found a loss without a gradient, which '
-                                f'teaches nobody. {hint} A term that reads a frozen '
-                                'part alone has to be left out; one that means to be '
-                                'silent says so in `Term.silent`')
+    if dead:
+        raise RuntimeError(f'{dead}: found a loss without a gradient, which teaches '
+                           f'nobody. {hint} A term that reads a frozen part alone has '
+                           'to be left out; one that means to be silent says so in '
+                           '`Term.silent`')
 
 # %% ../nbs/07_distiller.ipynb #8e1c0b06
 #| code-fold: true
@@ -454,13 +460,12 @@ def _trained_before(d: Distiller, tap: str, images: Tensor
     def begin(module, path):
         own = [] if done or module in layers else module.named_parameters(recurse=False)
         found.extend(f'{path}.{name}'.lstrip('.') for name, p in own if p.requires_grad)
-    if ':input' in tap:
-        handles = [at.register_forward_pre_hook(lambda m, args: done.append(1),
-                                                prepend=True)]
-    else: handles = [at.register_forward_hook(lambda m, args, out: done.append(1))]
+    end = lambda *_: done.append(1)
+    if ':input' in tap: handles = [at.register_forward_pre_hook(end, prepend=True)]
+    else: handles = [at.register_forward_hook(end)]
     for path, module in d.student.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args,
-                                                        path=path: begin(m, path)))
+        hook = lambda m, args, path=path: begin(m, path)
+        handles.append(module.register_forward_pre_hook(hook))
     try:
         with warnings.catch_warnings(), evaluating(d.student) as model:
             # the checkpoint's, that nothing here has a gradient
@@ -476,7 +481,7 @@ class CrossEntropy(Term):
     "Cross-entropy with the labels; what every method adds to."
     def __init__(self,
                  weight: float = 1., # factor in the total loss
-                 start: float = 0., # share of the training before which it is silent
+                 start: float = 0.,  # share of the training before which it is silent
                 ):
         super().__init__('ce', weight, teacher=False)
         self.start = start
@@ -497,13 +502,11 @@ def soften(maps: Maps,         # with the logits of both
           ) -> tuple: # (log p_t, log p_s), each B x Y, in float32 at least
     "Log-probabilities of teacher and student at a temperature."
     s, t = maps.student_logits, maps.teacher_logits
-    if s.shape != t.shape: raise ValueError(f'logits: found {s.shape[1]} '
-                                            'classes in the '
-                                            f'student and {t.shape[1]} in the teacher; '
-                                            'methods on logits need the same classes')
-    return tuple(F.log_softmax(z.to(torch.promote_types(z.dtype,
-                                                        torch.float32)) / temperature,
-                               dim=1) for z in (t, s))
+    if s.shape != t.shape:
+        raise ValueError(f'logits: found {s.shape[1]} classes in the student and '
+                         f'{t.shape[1]} in the teacher; methods on logits need '
+                         'the same classes')
+    return tuple(F.log_softmax(precise(z) / temperature, dim=1) for z in (t, s))
 
 class KD(Term):
     """Softened logits (Hinton et al., 2015); weight .9 with .1 cross-entropy alone, 1
@@ -518,8 +521,8 @@ class KD(Term):
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         t, s = soften(maps, self.temperature)
-        return self.temperature ** 2 * F.kl_div(s, t, reduction='batchmean',
-                                                log_target=True)
+        divergence = F.kl_div(s, t, reduction='batchmean', log_target=True)
+        return self.temperature ** 2 * divergence
 
 # %% ../nbs/07_distiller.ipynb #756a357f
 #| code-fold: true
@@ -532,8 +535,8 @@ def decoupled(log_t: Tensor,  # B x Y, log p_t
     pairs = [torch.stack([z[own], z.masked_fill(own, -torch.inf).logsumexp(1)], 1)
              for z in (log_s, log_t)]
     others = [F.log_softmax(z[~own].view(len(z), -1), dim=1) for z in (log_s, log_t)]
-    return tuple(F.kl_div(s, t, reduction='none', log_target=True).sum(1) for s,
-                 t in (pairs, others))
+    return tuple(F.kl_div(s, t, reduction='none', log_target=True).sum(1)
+                 for s, t in (pairs, others))
 
 # %% ../nbs/07_distiller.ipynb #6223ca24
 #| code-fold: true
@@ -550,14 +553,14 @@ class DKD(Term):
                  warmup: float = 20 / 240,
                 ):
         super().__init__('dkd')
-        self.alpha, self.beta, self.temperature, self.warmup = (alpha, beta,
-                                                                temperature, warmup)
+        self.alpha, self.beta = alpha, beta
+        self.temperature, self.warmup = temperature, warmup
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         tckd, nckd = decoupled(*soften(maps, self.temperature), batch.classes)
         grown = min(batch.after_epoch / self.warmup, 1.) if self.warmup else 1.
-        return grown * self.temperature ** 2 * (self.alpha * tckd
-                                                + self.beta * nckd).mean()
+        divergence = (self.alpha * tckd + self.beta * nckd).mean()
+        return grown * self.temperature ** 2 * divergence
 
 # %% ../nbs/07_distiller.ipynb #1121e8a1
 class SupervisedLayer(Term):
@@ -567,7 +570,7 @@ class SupervisedLayer(Term):
                  name: str,                # of the loss
                  student_tap: str,         # where the layer stands
                  teacher_tap: str,         # where the teacher's rows come from
-                 layer: KDLayer, # with as many templates as the supervision has
+                 layer: KDLayer,           # as many templates as the supervision has
                  supervision: Supervision, # fitted
                  # (h, w) to which the teacher's map is pooled
                  grid: Optional[tuple] = None,
@@ -612,17 +615,19 @@ class Setup:
 
 # %% ../nbs/07_distiller.ipynb #62602546
 #| code-fold: true
-def _run(side: str, model: nn.Module, images: Tensor):
-    # what a network of that side returns
+def _run(side: str,       # 'student' or 'teacher'
+         model: nn.Module, # the network of that side
+         images: Tensor,
+        ): # what it returns
     "A pass in eval mode, or the error that says that the network takes no such images."
     try:
         with evaluating(model): return model(images)
     except Exception as error:
         size = ' x '.join(map(str, images.shape[1:]))
         raise ValueError(f"{side}'s network, a {type(model).__name__}, does not take "
-                         f"images of {size}: {error}. Create it for "
-                         'this size, such as with image_size=32 or img_size=32, or '
-                         'resize the images') from error
+                         f'images of {size}: {error}. Create it for this size, '
+                         'such as with image_size=32 or img_size=32, '
+                         'or resize the images') from error
 
 # %% ../nbs/07_distiller.ipynb #8e1c0c01
 #| code-fold: true
@@ -649,8 +654,9 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
 # %% ../nbs/07_distiller.ipynb #4067f49c
 #| code-fold: true
 @patch
-def place(self: Setup, side: str, # 'student' or 'teacher'
-          tap: str
+def place(self: Setup,
+          side: str, # 'student' or 'teacher'
+          tap: str,  # a place in its network
          ) -> tuple: # (the tap with its layout, channels, (h, w))
     """Found by showing two images to a network in eval mode; a layout B x C x H x W is
     not named."""
@@ -660,8 +666,8 @@ def place(self: Setup, side: str, # 'student' or 'teacher'
     raise_all(side, named(side, attempted(resolve, model, tap)))
     try:
         with evaluating(model), capture(model, tap) as maps: model(images)
-        x, layout = (maps[tap], None if '@' in tap
-                     else find_layout(model, tap, maps[tap], images))
+        x = maps[tap]
+        layout = None if '@' in tap else find_layout(model, tap, x, images)
         if layout not in (None, Layout()): tap, x = f'{tap}@{layout}', layout.to_map(x)
         return tap, rows(x).shape[1], grid_of(x)
     except Exception as error:
@@ -688,14 +694,14 @@ def _place_of_layer(self: Setup, tap: str, alpha: float
     if not alpha or '+' not in tap.partition('@')[2]: return tap, channels, grid
     lost = insert(self.student, tap, _Lost())
     try:
-        logits = logits_of(_run('student', self.student, self.first[0][:2]), 'student',
-                           self.output)
+        out = _run('student', self.student, self.first[0][:2])
+        logits = logits_of(out, 'student', self.output)
     finally: lost.remove()
     if not logits.isnan().any():
         warnings.warn(f"student's tap {tap!r}: what a layer adds there does not reach "
-                      f"the logits, which depend on a token before "
-                      'the places alone by then; the supervision works, the embedding '
-                      'is lost. Tap an earlier block')
+                      'the logits, which depend on a token before the places alone by '
+                      'then; the supervision works, the embedding is lost. '
+                      'Tap an earlier block')
     return tap, channels, grid
 
 # %% ../nbs/07_distiller.ipynb #08fafdd5
@@ -708,21 +714,20 @@ def layer(self: Setup,
           alpha: float,             # weight of the embedding
          ) -> SupervisedLayer:
     "Fit a supervision at a pair of taps and build the layer that it teaches."
-    (ours, channels, grid), (theirs, *_) = (self._place_of_layer(taps[0], alpha),
-                                            self.place('teacher', taps[1]))
-    supervision = self.fit(supervision, stream(self.teacher, theirs,
-                                               self.batches, grid))
-    return SupervisedLayer(name, ours, theirs, KDLayer(channels,
-                                                       supervision.num_templates,
-                                                       alpha), supervision, grid)
+    ours, channels, grid = self._place_of_layer(taps[0], alpha)
+    theirs, *_ = self.place('teacher', taps[1])
+    pixels = stream(self.teacher, theirs, self.batches, grid)
+    supervision = self.fit(supervision, pixels)
+    layer = KDLayer(channels, supervision.num_templates, alpha)
+    return SupervisedLayer(name, ours, theirs, layer, supervision, grid)
 
 # %% ../nbs/07_distiller.ipynb #46fa520e
 #| code-fold: true
 def kernel_tap(model: nn.Module # the teacher
               ) -> str:         # a module path
     "The first 3x3 convolution of the last block that has one."
-    found = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)
-             and m.kernel_size == (3, 3)]
+    found = [path for path, m in model.named_modules()
+             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     if not found:
         raise ValueError('kernels: found no 3x3 convolution in '
                          f'{type(model).__name__}; use K-means')
@@ -743,8 +748,8 @@ def quest(setup: Setup,                  # what it is built for
     (Jain et al., 2020)."""
     taps, supervision = setup.penultimate, KMeansPrototypes(num_prototypes, tau)
     if kernels:
-        taps, supervision = ((taps[0], kernel_tap(setup.teacher)),
-                             KernelPrototypes(kernel_tau))
+        taps = taps[0], kernel_tap(setup.teacher)
+        supervision = KernelPrototypes(kernel_tau)
     return [setup.layer('penultimate', taps, supervision, alpha_penultimate)]
 
 def letkd1(setup: Setup,                  # what it is built for
@@ -796,8 +801,11 @@ class FreeLayer(Term):
         return precise(maps.student_logits).new_zeros(())
 
 @patch
-def free(self: Setup, tap: str, num_templates: int, alpha: float
-        ) -> tuple: # student's tap; K; weight of the embedding
+def free(self: Setup,
+         tap: str,           # the student's
+         num_templates: int, # K
+         alpha: float,       # weight of the embedding
+        ) -> tuple:          # (tap, KDLayer)
     "A tap with its layout, and a KD layer for the student's map there."
     tap, channels, _ = self._place_of_layer(tap, alpha)
     return tap, KDLayer(channels, num_templates, alpha)
@@ -807,8 +815,8 @@ def layer(setup: Setup,                  # what it is built for
           alpha_penultimate: float = 1., # weight of the embedding
          ) -> list:                      # of terms
     "A KD layer at the penultimate map, without supervision."
-    return [FreeLayer(dict([setup.free(setup.penultimate[0], num_templates,
-                                       alpha_penultimate)]))]
+    tap, free = setup.free(setup.penultimate[0], num_templates, alpha_penultimate)
+    return [FreeLayer({tap: free})]
 
 # %% ../nbs/07_distiller.ipynb #938178cc
 #| code-fold: true

@@ -60,8 +60,8 @@ def _affine(u: Tensor, w: Tensor, norm: nn.BatchNorm1d) -> tuple: # gain, mean a
 
 # %% ../nbs/fused.ipynb #65e6c1a1
 def _assign(s: Tensor, gain: Tensor, offset: Tensor, out: Tensor) -> Tensor: # A, in `out`
-    """The assignment of a tile. The backward pass repeats just these operations, so that no ReLU
-    decides otherwise."""
+    """The assignment of a tile. The backward pass repeats just these operations,
+    so that no ReLU decides otherwise."""
     return torch.addcmul(offset, s, gain, out=out).clamp_min_(0)
 
 def _lengths(a: Tensor, out: Optional[Tensor] = None) -> Tensor: # of the rows, rows x 1
@@ -95,8 +95,8 @@ def _tile(u: Tensor, rows: int, k: int, safe=True) -> Tensor: # rows x K, in the
 # %% ../nbs/fused.ipynb #91c4e7a0
 def _tiles(u: Tensor, w: Tensor, count: int, fresh: int = 0, safe=True
           ) -> Iterator[tuple]: # (i, j, (j - i) x K, ...)
-    """Rows i to j of N and `count` tiles: the first `fresh` are new each time, the others serve
-    every time."""
+    """Rows i to j of N and `count` tiles: the first `fresh` are new each time,
+    the others serve every time."""
     n, k = len(u), len(w)
     rows = min(max(256, (2**22 if u.is_cuda else 2**18) // k), max(n, 1))
     again = [_tile(u, rows, k) for _ in range(count - fresh)]
@@ -111,8 +111,8 @@ def embed(u: Tensor,         # N x C pixels of length 1
           bias: Tensor,      # K
           semantics: Tensor, # C x K, rows of length 1, or times a scale
          ) -> Tensor:        # N x C; no gradients
-    """A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (equation 4): all of the layer that inference
-    needs."""
+    """A Vᵀ / |A| with A = ReLU(u Wᵀ + b), in tiles (equation 4): all of the layer that
+    inference needs."""
     y, lengths = u.new_empty(len(u), len(semantics)), u.new_empty(len(u), 1)
     for i, j, a in _tiles(u, weight, 1):
         torch.addmm(bias, u[i:j], weight.T, out=a).clamp_min_(0)
@@ -136,8 +136,8 @@ def _softmax(s: Tensor, out: Tensor, calm: bool = False
 class _Prototypes:
     "The tiles of a `PrototypeTarget`."
     def __init__(self, target: PrototypeTarget, like: Tensor):
-        t, c, bits = (precise(target.rows).to(like), precise(target.prototypes).to(like),
-                      _BITS / target.tau)
+        t, c = precise(target.rows).to(like), precise(target.prototypes).to(like)
+        bits = _BITS / target.tau
         self.rows, self.prototypes, self.bias = 2 * bits * t, c, -bits * c.square().sum(1)
 
     def tile(self, i, j, s, p, t): # (probabilities, the sum of equation 5, mass)
@@ -177,8 +177,8 @@ class _Dense:
     def __init__(self, target, like: Tensor): self.target, self.like = target, like
     def tile(self, i, j, s, p, t):
         p = precise(self.target.tile(i, j)).to(self.like)
-        return (p, _negentropy(p) - torch.mul(p, s, out=t).sum(1, keepdim=True),
-                p.sum(1, keepdim=True))
+        part = _negentropy(p) - torch.mul(p, s, out=t).sum(1, keepdim=True)
+        return p, part, p.sum(1, keepdim=True)
 
 def _teacher(target, like: Tensor): # what gives a target's tiles; None for None
     if target is None: return None
@@ -222,7 +222,8 @@ def _match(u, w, gain, offset, V, teacher, calm, fresh, early, safe
           ) -> tuple: # (y N x C, inverse lengths and KL N x 1, tiles)
     """Forward pass over all tiles (equations 4, 5). `fresh` tiles of each are kept, or else
     `early` gets gradients of u and w."""
-    y, lengths, kl, kept = torch.empty_like(u), u.new_empty(len(u), 1), u.new_zeros(len(u), 1), []
+    y, lengths = torch.empty_like(u), u.new_empty(len(u), 1)
+    kl, kept = u.new_zeros(len(u), 1), []
     for i, j, s, *e, p, t in _tiles(u, w, max(3, 2 + fresh), fresh, safe):
         torch.mm(u[i:j], w.T, out=s)
         if teacher: kl[i:j], more = _supervise(s, *e or [t], teacher, i, j, p, t, calm)
@@ -264,8 +265,8 @@ def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: #
     for i, j, a, z in _tiles(u, w, 2):
         s = next(kept, None)
         if s is None: s = torch.mm(u[i:j], w.T, out=a)
-        _spread(_value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV), c[i:j], gw,
-                du[i:j], q)
+        _value_back(d[i:j], pull[i:j], V, _assign(s, gain, offset, a), z, dV)
+        _spread(z, c[i:j], gw, du[i:j], q)
         dbias.addmv_(z.T, ones[i:j])
     dgain = (q * w.T).sum(0) + (w @ centre - mean) * dbias
     dw = (q + torch.outer(centre, dbias)) * gain
@@ -274,11 +275,12 @@ def _lean_back(u, w, gain, mean, offset, V, d, pull, f, kept, early) -> tuple: #
 
 # %% ../nbs/fused.ipynb #3ee62d73
 class _Matching(torch.autograd.Function):
-    """Rows, templates in bits, BN as an affine map, semantic rows, a teacher or None -> (y, loss or
-    None)."""
+    """Rows, templates in bits, BN as an affine map, semantic rows, a teacher or None
+    -> (y, loss or None)."""
     @staticmethod
     def forward(ctx, u, w, gain, mean, bias, V, teacher, calm, lean, safe):
-        learns, offset = any(ctx.needs_input_grad), torch.addcmul(bias, gain, mean, value=-1)
+        learns = any(ctx.needs_input_grad)
+        offset = torch.addcmul(bias, gain, mean, value=-1)
         ctx.fresh = 0 if lean or not learns else 2 if teacher else 1
         early = [torch.empty_like(u), _zeros(u, *V.shape)] if teacher and learns and lean else []
         V = _spaced(u, *V.shape).copy_(V)
@@ -292,26 +294,25 @@ class _Matching(torch.autograd.Function):
     def backward(ctx, dy, dloss):
         u, w, gain, mean, offset, V, y, inverse, *rest = ctx.saved_tensors
         args, early, kept = (u, w, gain, mean, offset, V), rest[:ctx.early], rest[ctx.early:]
-        d, pull, f = (dy * inverse, (dy * y).sum(1, keepdim=True) * inverse.square(), ctx.per_row
-                      and dloss * ctx.per_row)
-        fast = ctx.fresh == 2
-        du, dw, dgain, dbias, dV = (_fast_back(*args, d, pull, f, kept) if fast
-                                    else _lean_back(*args, d, pull, f, kept, early))
+        d, pull = dy * inverse, (dy * y).sum(1, keepdim=True) * inverse.square()
+        f = ctx.per_row and dloss * ctx.per_row
+        if ctx.fresh == 2: grads = _fast_back(*args, d, pull, f, kept)
+        else: grads = _lean_back(*args, d, pull, f, kept, early)
+        du, dw, dgain, dbias, dV = grads
         return du, dw, dgain, -gain * dbias, dbias, dV, None, None, None, None
 
 # %% ../nbs/fused.ipynb #b75d5d0e
 def _for_the_plain_form(x, norm, alpha, target, templates) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or x.device.type not in ('cpu', 'cuda'):
-        return True
+    if traced or x.device.type not in ('cpu', 'cuda'): return True
     n, k = len(x), len(templates)
     if target is not None:
         values = [v for v in getattr(target, '__dict__', {}).values() if isinstance(v, Tensor)]
         if target.shape != (n, k) or any(v.requires_grad for v in values): return True
     if alpha == 0: return False
     ordinary = isinstance(norm, nn.BatchNorm1d) and norm.affine and norm.track_running_stats
-    return not ordinary or bool(norm._forward_hooks
-                                or norm._forward_pre_hooks) or (norm.training and n < 2)
+    if not ordinary or norm._forward_hooks or norm._forward_pre_hooks: return True
+    return norm.training and n < 2
 
 # %% ../nbs/fused.ipynb #d140f31e
 def fused_kd_layer(x: Tensor,                      # N x C pixels of the student
@@ -331,8 +332,8 @@ def fused_kd_layer(x: Tensor,                      # N x C pixels of the student
         return kd_layer(x, templates, semantics, scale, value_scale, norm, alpha, target)
     with torch.autocast(x.device.type, enabled=False):
         u, w = unit(x), unit(templates) * (scale * _BITS)
-        teacher, calm, safe = (_teacher(target, u), x.device.type == 'cpu'
-                               and abs(scale.item()) < 32, [])
+        teacher, safe = _teacher(target, u), []
+        calm = x.device.type == 'cpu' and abs(scale.item()) < 32
         if alpha == 0: return x, _Loss.apply(u, w, teacher, calm) if teacher else None
         (gain, mean, bias), V = _affine(u, w, norm), unit(semantics)
         if lean is None: lean = 2 * len(u) * len(w) * u.element_size() > 2**30

@@ -51,13 +51,13 @@ class KDLayer(nn.Module):
                 ):
         for name, found in dict(channels=channels, templates=templates).items():
             if found < 1:
-                raise ValueError(f'KDLayer: found {name} = {found}; expected '
-                                 'at least 1')
+                raise ValueError(f'KDLayer: found {name} = {found}; '
+                                 'expected at least 1')
         super().__init__()
-        self.channels, self.alpha, self.init_scale = (channels, float(alpha),
-                                                      float(scale))
-        self.templates, self.scale = (nn.Parameter(torch.empty(templates, channels)),
-                                      nn.Parameter(torch.empty(1)))
+        self.channels, self.alpha = channels, float(alpha)
+        self.init_scale = float(scale)
+        self.templates = nn.Parameter(torch.empty(templates, channels))
+        self.scale = nn.Parameter(torch.empty(1))
         self.semantics = (nn.Parameter(torch.empty(channels, templates)) if alpha
                           else None)
         self.value_scale = nn.Parameter(torch.empty(1)) if alpha else None
@@ -96,16 +96,14 @@ def _load_from_state_dict(self: KDLayer, state: dict, prefix: str, *args):
 @patch
 def _last(self: KDLayer, x: Tensor) -> Tensor:
     "`x` with its channels last, or the error that says what was found."
-    if x.ndim not in (3, 4): raise ValueError('KDLayer: found an input of shape '
-                                              f'{tuple(x.shape)}; '
-                                              'expected a map B x C x H x W or tokens '
-                                              'B x N x C')
+    if x.ndim not in (3, 4):
+        raise ValueError(f'KDLayer: found an input of shape {tuple(x.shape)}; '
+                         'expected a map B x C x H x W or tokens B x N x C')
     x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-    if x.shape[-1] != self.channels: raise ValueError(f'KDLayer: found {x.shape[-1]} '
-                                                      'channels; expected '
-                                                      f'{self.channels}. '
-                                                      'Build it with the channels of '
-                                                      'the map behind which it stands')
+    if x.shape[-1] != self.channels:
+        raise ValueError(f'KDLayer: found {x.shape[-1]} channels; expected '
+                         f'{self.channels}. Build it with the channels of the map '
+                         'behind which it stands')
     return x
 
 def _like(rows: Tensor, last: Tensor, x: Tensor
@@ -122,12 +120,12 @@ def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False
     return n * k >= max(2**18, (4 if learns else 1.5) * c * (n + k), cuda * 2**24)
 
 @patch
-def _function(self: KDLayer, rows: Tensor):
-    # N x C -> the form of the function for these rows
+def _function(self: KDLayer,
+              rows: Tensor, # N x C
+             ): # the form of the function for these rows
     if torch.compiler.is_compiling() or torch.jit.is_tracing(): return kd_layer
-    learns = torch.is_grad_enabled() and (rows.requires_grad
-                                          or any(p.requires_grad
-                                                 for p in self.parameters()))
+    learns = torch.is_grad_enabled() and (
+        rows.requires_grad or any(p.requires_grad for p in self.parameters()))
     tiles = _in_tiles(*rows.shape, len(self.templates), learns and self.alpha != 0,
                       rows.is_cuda)
     return fused_kd_layer if tiles else kd_layer
@@ -152,8 +150,8 @@ def _loss_alone(self: KDLayer, rows: Tensor, target) -> Tensor:
 #| code-fold: true
 def _node(layer: nn.Module, x: fx.Proxy
          ) -> fx.Proxy: # one node of the graph that is being written
-    return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,),
-                                 {})
+    path = x.tracer.path_of_module(layer)
+    return x.tracer.create_proxy('call_module', path, (x,), {})
 
 # %% ../nbs/04_layer.ipynb #ad8493cc
 #| code-fold: true
@@ -175,11 +173,11 @@ def forward(self: KDLayer,
     if isinstance(x, fx.Proxy) and target is None: return _node(self, x)
     last = self._last(x)
     within = self._supervision is not None and target is None
-    rows, again = last.reshape(-1, self.channels), within and _computed_again()
+    again = within and _computed_again()
+    taught = self._supervision.target if within and not again else target
+    rows = last.reshape(-1, self.channels)
     out, loss = self._function(rows)(rows, self.templates, self.semantics, self.scale,
-                                     self.value_scale, self.norm, self.alpha,
-                                     self._supervision.target if within and not again
-                                     else target)
+                                     self.value_scale, self.norm, self.alpha, taught)
     if again: loss = self._loss_alone(rows, self._supervision.target)
     out = x if self.alpha == 0 else _like(out, last, x)
     if within:
@@ -192,7 +190,9 @@ def forward(self: KDLayer,
 class Losses(dict):
     """{layer: its loss}; `cut` lists the layers that were given a map without a
     gradient."""
-    def __init__(self): super().__init__(); self.cut = []
+    def __init__(self):
+        super().__init__()
+        self.cut = []
 
 def _line(layer: KDLayer) -> str:
     return f'KDLayer({layer.extra_repr()})' # its `str` has several
@@ -203,11 +203,10 @@ class _Supervision:
     def __init__(self, target, losses: Losses):
         self.target, self.losses = target, losses
     def add(self, layer: KDLayer, loss: Tensor, reaches: bool):
-        if layer in self.losses: raise RuntimeError(f'supervised: {_line(layer)} was '
-                                                    'reached twice in one block; it '
-                                                    'has one target. '
-                                                    'Run the student once in '
-                                                    'each block')
+        if layer in self.losses:
+            raise RuntimeError(f'supervised: {_line(layer)} was reached twice in one '
+                               'block; it has one target. '
+                               'Run the student once in each block')
         self.losses[layer] = loss
         if not reaches: self.losses.cut.append(layer)
 
@@ -216,15 +215,15 @@ class _Supervision:
 def _check_supervised(targets: dict, losses: Losses):
     "Every layer was reached, and its loss has a gradient where there are any."
     if missed := [_line(l) for l in targets if l not in losses]:
-        raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. Is it '
-                           'inserted into the student, '
-                           'and did the student run within the block?')
+        raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. '
+                           'Is it inserted into the student, and did the student run '
+                           'within the block?')
     if not torch.is_grad_enabled(): return
-    if dead := [_line(l) for l, loss in losses.items() if not loss.requires_grad
-                and l.templates.requires_grad]:
+    if dead := [_line(l) for l, loss in losses.items()
+                if not loss.requires_grad and l.templates.requires_grad]:
         raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so '
-                           'its loss would teach nothing. Does it '
-                           'stand within torch.utils.checkpoint in its reentrant form '
+                           'its loss would teach nothing. Does it stand within '
+                           'torch.utils.checkpoint in its reentrant form '
                            '(pass use_reentrant=False), or within torch.no_grad?')
 
 # %% ../nbs/04_layer.ipynb #4e1c0a03
@@ -257,16 +256,16 @@ def scores(self: KDLayer, x: Tensor
           ) -> Tensor: # S as a map B x K x H x W, or B x N x K for tokens
     "Scaled cosines of every pixel with every template."
     last = self._last(x)
-    return _like(matching_scores(last.reshape(-1, self.channels), self.templates,
-                                 self.scale), last, x)
+    s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
+    return _like(s, last, x)
 
 @patch
 def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
     """The assignment ReLU(BN(S)); follows the mode of the layer: batch statistics in
     training, running ones in eval."""
     if not self.alpha:
-        raise RuntimeError('KDLayer.assign: with alpha = 0 there is no '
-                           'assignment; look at scores(x)')
+        raise RuntimeError('KDLayer.assign: with alpha = 0 there is no assignment; '
+                           'look at scores(x)')
     last = self._last(x)
     s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
     return _like(F.relu(self.norm(s)), last, x)
@@ -291,8 +290,8 @@ class FoldedKDLayer(nn.Module):
         and nobody asks for a graph."""
         if isinstance(x, fx.Proxy): return _node(self, x)
         last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-        u, weight, bias, V = (unit(last), precise(self.weight), precise(self.bias),
-                              precise(self.semantics))
+        u, weight = unit(last), precise(self.weight)
+        bias, V = precise(self.bias), precise(self.semantics)
         graph = (torch.compiler.is_compiling() or torch.jit.is_tracing()
                  or (torch.is_grad_enabled() and x.requires_grad))
         if graph or not _in_tiles(last[..., 0].numel(), *weight.T.shape, False,
@@ -308,8 +307,8 @@ def fold(self: KDLayer
         ) -> nn.Module: # a `FoldedKDLayer`, or an identity where alpha = 0
     "The inference form; equals eval mode, and has no training left in it."
     if not self.alpha: return nn.Identity()
-    gain = precise(self.norm.weight) * (precise(self.norm.running_var)
-                                        + self.norm.eps).rsqrt()
+    inverse_std = (precise(self.norm.running_var) + self.norm.eps).rsqrt()
+    gain = precise(self.norm.weight) * inverse_std
     return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates),
                          self.norm.bias - gain * self.norm.running_mean,
                          self.alpha * self.value_scale * unit(self.semantics))
@@ -317,24 +316,24 @@ def fold(self: KDLayer
 # %% ../nbs/04_layer.ipynb #3723fe81
 #| code-fold: true
 @torch.no_grad()
-def _keep_what_came_out(m: nn.Module):
-    # parametrised; `remove_parametrizations` would change the class, which the original
-    # shares
+def _keep_what_came_out(m: nn.Module): # parametrised
+    # `remove_parametrizations` would change the class, which the original shares
     computed = {name: getattr(m, name).clone() for name in m.parametrizations}
     m.__class__ = parametrize.type_before_parametrizations(m)
     del m.parametrizations
     for name, value in computed.items(): m.register_parameter(name, nn.Parameter(value))
 
 def _with_plain_weights(model: nn.Module) -> nn.Module: # a copy in eval mode
-    computed = {id(v): v.detach().clone() for m in model.modules()
-                for v in vars(m).values()
+    computed = {id(v): v.detach().clone()
+                for m in model.modules() for v in vars(m).values()
                 if isinstance(v, Tensor) and not v.is_leaf}  # which `deepcopy` refuses
     model = copy.deepcopy(model, computed).eval()
     for m in list(model.modules()):
         if parametrize.is_parametrized(m): _keep_what_came_out(m)
         for key, hook in list(m._forward_pre_hooks.items()):
             if isinstance(hook, (prune.BasePruningMethod, WeightNorm, SpectralNorm)):
-                hook.remove(m); del m._forward_pre_hooks[key]
+                hook.remove(m)
+                del m._forward_pre_hooks[key]
     return model
 
 # %% ../nbs/04_layer.ipynb #2a680639

@@ -40,8 +40,8 @@ class _Target:
 
     def _require(self, ok: bool, found: str, expected: str):
         if not ok:
-            raise ValueError(f'{type(self).__name__}: found {found}; expected '
-                             f'{expected}')
+            raise ValueError(f'{type(self).__name__}: found {found}; '
+                             f'expected {expected}')
 
 @dataclass(frozen=True)
 class DenseTarget(_Target):
@@ -126,12 +126,11 @@ def kd_loss(scores: Tensor,  # N x K, S
     n, k = scores.shape
     if target.shape != (n, k):
         raise ValueError(f'{type(target).__name__}: found {target.shape[0]} rows and '
-                         f'{target.shape[1]} templates; '
-                         f'the layer has {n} rows and {k} templates. Pool the teacher '
-                         f'to the student\'s grid, and '
+                         f'{target.shape[1]} templates; the layer has {n} rows and '
+                         f"{k} templates. Pool the teacher to the student's grid, and "
                          'give the layer as many templates as the supervision has')
-    return F.kl_div(F.log_softmax(scores, dim=1), target.tile(0, n),
-                    reduction='sum') / max(n, 1)
+    total = F.kl_div(F.log_softmax(scores, dim=1), target.tile(0, n), reduction='sum')
+    return total / max(n, 1)
 
 # %% ../nbs/03_matching.ipynb #32810a13
 def kd_layer(x: Tensor,                      # N x C pixels of the student

@@ -23,9 +23,9 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import (CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1,
-                             letkd2, letkd_intermediate,
-                             named, quest, raise_all)
+from .distiller import (
+    CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1, letkd2,
+    letkd_intermediate, named, quest, raise_all)
 from .models.imports import OWN, PACKAGES, nearest
 from .taps import as_maps, capture, evaluating, resolve
 
@@ -47,7 +47,8 @@ def register(name: Optional[str] = None, # None: that of the function
     if callable(name): return register()(name)  # without brackets
     def put(method: Callable) -> Callable:
         own = name or getattr(method, '__name__', '')
-        _check_name(own, method); _check_options(own, method)
+        _check_name(own, method)
+        _check_options(own, method)
         METHODS[own] = method
         WEIGHTS.pop(own, None)
         if (ce, weight) != (1., 1.): WEIGHTS[own] = ce, weight
@@ -61,8 +62,8 @@ def _check_name(name: str, method: Callable):
     if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z0-9_]+', name):
         raise ValueError(f'method: found the name {name!r:.80}; expected letters, digits and _, '
                          'since / and + stand between names')
-    taken = {known.lower(): known for known in (*METHODS, 'ce', 'student',
-                                                'teacher')}.get(name.lower())
+    known = {each.lower(): each for each in (*METHODS, 'ce', 'student', 'teacher')}
+    taken = known.get(name.lower())
     before = METHODS.get(taken)
     if taken and (before is None or taken != name
                   or any(getattr(before, k, '') != getattr(method, k, None) for k in _PLACE)):
@@ -77,12 +78,11 @@ def _check_options(name: str, method: Callable):
         raise ValueError(f'method {name!r}: found {first.name if first else "nothing"} as '
                          'its first argument; expected setup')
     for option in options[:-1]:
-        if option.kind in (option.VAR_POSITIONAL,
-                           option.VAR_KEYWORD) or not isinstance(option.default,
-                                                                 (bool, int, float, str, tuple)):
-            raise ValueError(f'method {name!r}: found the option {str(option)!r:.80}; expected a '
-                             'default: a number, a text, '
-                             f"True or False, or taps such as ('layer3', 'layer3')")
+        variadic = option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD)
+        if variadic or not isinstance(option.default, (bool, int, float, str, tuple)):
+            raise ValueError(f'method {name!r}: found the option {str(option)!r:.80}; expected '
+                             'a default: a number, a text, True or False, '
+                             "or taps such as ('layer3', 'layer3')")
 
 # %% ../nbs/methods.ipynb #004f06ac
 @cache
@@ -120,7 +120,8 @@ def method_options(method: str) -> dict: # {name: default}
             for p in inspect.signature(part).parameters.values() if p.name != 'setup'}
 
 # %% ../nbs/methods.ipynb #19e1c002
-class _Enough(Exception): "The second batch was asked for: what comes now is a pass over the data."
+class _Enough(Exception):
+    "The second batch was asked for: what comes now is a pass over the data."
 
 class _Fitted(nn.Module):
     "Stands in for a supervision that was not fitted."
@@ -130,11 +131,13 @@ class _Rehearsal(Setup):
     "A setup whose methods note what is wrong with their places, and fit nothing."
     def __init__(self, setup: Setup):
         vars(self).update(vars(setup))
-        self.setup, self.batches, self.faults, self.fit = (setup, self, [], lambda supervision,
-                                                           rows: _Fitted())
+        self.setup, self.batches, self.faults = setup, self, []
+        self.fit = lambda supervision, rows: _Fitted()
 
     first = property(lambda self: self.setup.first)
-    def __iter__(self): yield self.first; raise _Enough
+    def __iter__(self):
+        yield self.first
+        raise _Enough
 
     def place(self, side: str, tap: str) -> tuple:
         try: return super().place(side, tap)
@@ -147,10 +150,11 @@ class _Rehearsal(Setup):
 
 # %% ../nbs/methods.ipynb #19e1c003
 def _pairs(value) -> list: # an option; pairs of taps, where it is one or a tuple of them
-    is_pair = (lambda v: isinstance(v, (tuple, list)) and len(v) == 2
-               and all(isinstance(t, str) for t in v))
-    return ([value] if is_pair(value) else list(value) if isinstance(value, (tuple, list))
-            and all(map(is_pair, value)) else [])
+    is_pair = lambda v: (isinstance(v, (tuple, list)) and len(v) == 2
+                         and all(isinstance(t, str) for t in v))
+    if is_pair(value): return [value]
+    several = isinstance(value, (tuple, list)) and all(map(is_pair, value))
+    return list(value) if several else []
 
 def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method; (faults, terms)
     trial, terms = _Rehearsal(setup), []
@@ -168,18 +172,19 @@ def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method;
     return trial.faults, terms
 
 def _unknown(setup: Setup, taps: Iterable) -> list: # (side, tap) pairs
-    known = [(side, getattr(setup, side), tap) for side, tap in taps
-             if getattr(setup, side) is not None]
+    known = [(side, getattr(setup, side), tap)
+             for side, tap in taps if getattr(setup, side) is not None]
     return [e for side, model, tap in known for e in named(side, attempted(resolve, model, tap))]
 
 # %% ../nbs/methods.ipynb #2ee4535f
 def _unread(setup: Setup, terms: list) -> Iterator[Exception]:
-    """Taps of the terms at which no map can be read, such as one that names a layout that does not
-    fit."""
+    """Taps of the terms at which no map can be read, such as one that names a layout
+    that does not fit."""
     for side in ('student', 'teacher'):
-        model, taps = getattr(setup, side), {tap for t in terms
-                                             for tap in getattr(t, f'{side}_taps')}
-        for tap in sorted(taps) if model is not None and not attempted(lambda: setup.first) else ():
+        model = getattr(setup, side)
+        taps = {tap for t in terms for tap in getattr(t, f'{side}_taps')}
+        if model is None or attempted(lambda: setup.first): continue
+        for tap in sorted(taps):
             images = setup.first[0][:2]
             def read():
                 with evaluating(model), capture(model, tap) as maps: model(images)
@@ -190,7 +195,9 @@ def _unread(setup: Setup, terms: list) -> Iterator[Exception]:
 def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
     "Labels and logits of both networks, as far as there is a batch."
     if attempted(lambda: setup.first): return
-    if faults := attempted(setup.classes, 'student'): yield from faults; return
+    if faults := attempted(setup.classes, 'student'):
+        yield from faults
+        return
     labels, ours = setup.first[1], setup.classes('student')
     if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < ours:
         yield ValueError(f'labels: found {labels.min().item()} to {labels.max().item()} in the '
@@ -200,36 +207,37 @@ def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
         yield ValueError(f'logits: found {ours} classes in the student and {theirs} in the '
                          'teacher; methods on logits need the same classes')
 
+# %% ../nbs/methods.ipynb #19e1c005
 def check_method(method: str,  # a row's name
                  setup: Setup, # what it would be built for
                  **options,    # arguments of the method, see `method_options`
                 ):
-    """Raise all that is wrong with taps, classes and options in one error; nothing is fitted, one
-    batch is read."""
+    """Raise all that is wrong with taps, classes and options in one error; nothing is
+    fitted, one batch is read."""
     known, terms = method_options(method), []
-    faults = [nearest(f'option of {method}', key, known or ['none']) for key in options
-              if key not in known]
+    faults = [nearest(f'option of {method}', key, known or ['none'])
+              for key in options if key not in known]
     with torch.random.fork_rng():
         for part in addends(method):
-            found, built = _rehearse(part, setup, {k: v for k, v in options.items()
-                                                   if k in inspect.signature(part).parameters})
+            own = inspect.signature(part).parameters
+            chosen = {k: v for k, v in options.items() if k in own}
+            found, built = _rehearse(part, setup, chosen)
             faults, terms = faults + found, terms + built
         if not faults and terms: faults += [*_other_classes(setup, terms)] or _unread(setup, terms)
     raise_all(method, faults)
 
 # %% ../nbs/methods.ipynb #79465687
 def _terms(part: Callable, found) -> list: # a method; what it has returned
-    if isinstance(found, (list, tuple)) and all(isinstance(term, Term) for term in found):
-        return [*found]
-    what = ([type(term).__name__ for term in found] if isinstance(found, (list, tuple))
-            else type(found).__name__)
+    several = isinstance(found, (list, tuple))
+    if several and all(isinstance(term, Term) for term in found): return [*found]
+    what = [type(term).__name__ for term in found] if several else type(found).__name__
     name = getattr(part, '__name__', part)
     raise TypeError(f'method {name}: found {what}; expected a list of terms, which derive from '
                     'letkd.distiller.Term')
 
 # %% ../nbs/methods.ipynb #7bbb186e
 def create_terms(method: str, # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', or a sum of them
-                 student: nn.Module,       # any classifier
+                 student: nn.Module, # any classifier
                  teacher: Optional[nn.Module], # any classifier of the same classes
                  # re-iterable of (images, labels, ...), not augmented, to fit supervisions
                  batches: Iterable,
@@ -241,15 +249,15 @@ def create_terms(method: str, # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', 
                  fit: Callable = Setup.fit,
                  # finds the logits in what a network returns; see `letkd.taps.logits_of`
                  output: Optional[Callable] = None,
-                 **options,                # arguments of the method, see `method_options`
-                ) -> list:                 # terms for `Distiller(student, teacher, terms)`
+                 **options, # arguments of the method, see `method_options`
+                ) -> list:  # terms for `Distiller(student, teacher, terms)`
     "The terms of a method by name, for any two networks."
-    setup, (ce, weight) = Setup(student, teacher, batches, penultimate, intermediate, fit,
-                                output), WEIGHTS.get(method, (1., 1.))
+    setup = Setup(student, teacher, batches, penultimate, intermediate, fit, output)
+    ce, weight = WEIGHTS.get(method, (1., 1.))
     check_method(method, setup, **options)
     chosen = lambda part: {k: v for k, v in options.items()
                            if k in inspect.signature(part).parameters}
     terms = [term for part in addends(method) for term in _terms(part, part(setup, **chosen(part)))]
     for term in terms: term.weight *= weight
-    return [CrossEntropy(ce, start=max(getattr(term, 'alone', 0.) for term in terms) if terms
-                         else 0.), *terms]
+    start = max((getattr(term, 'alone', 0.) for term in terms), default=0.)
+    return [CrossEntropy(ce, start=start), *terms]

@@ -38,8 +38,8 @@ def _check_rows(rows: Tensor, channels: Optional[int], where: str):
 
 def _check_labels(labels: Tensor, n: int, classes: Optional[int], where: str):
     "Labels are n integers from 0 to classes - 1."
-    whole = isinstance(labels, Tensor) and not (labels.is_floating_point()
-                                                or labels.is_complex())
+    whole = (isinstance(labels, Tensor)
+             and not (labels.is_floating_point() or labels.is_complex()))
     if not whole or labels.ndim != 1:
         found = (f'{labels.dtype} {tuple(labels.shape)}' if isinstance(labels, Tensor)
                  else type(labels).__name__)
@@ -99,7 +99,8 @@ def blocks(pieces: Iterable[tuple], # tuples of tensors of equal length
         held.append(piece)
         n += len(piece[0])
         if n < size: continue
-        whole, cut = tuple(map(torch.cat, zip(*held))), n - n % size
+        whole = tuple(map(torch.cat, zip(*held)))
+        cut = n - n % size
         for i in range(0, cut, size): yield tuple(t[i:i + size] for t in whole)
         held, n = [tuple(t[cut:] for t in whole)], n - cut
     if n: yield tuple(map(torch.cat, zip(*held)))
@@ -140,7 +141,8 @@ def one_thread():
     torch.set_num_threads(1)
     try:
         with threadpool_limits(1): yield
-    finally: torch.set_num_threads(n)
+    finally:
+        torch.set_num_threads(n)
 
 def distinct(rows: Tensor # N x C
             ) -> tuple: # (D x C array: each row once, as first met; D counts)
@@ -173,30 +175,30 @@ def _lloyd(x, weights, centres, max_iter: int, progress: str
 def _pass(x: Tensor, weights: Tensor, centres: Tensor
          ) -> tuple: # sums K x C, masses K, squared distances N
     "One look at all rows, a tile at a time."
-    half, sums, mass, low = (centres.square().sum(1) / 2, torch.zeros_like(centres),
-                             centres.new_zeros(len(centres)), [])
-    tile = max(1, 2**24 // len(centres))
+    k, half = len(centres), centres.square().sum(1) / 2
+    sums, mass, low = torch.zeros_like(centres), centres.new_zeros(k), []
+    tile = max(1, 2**24 // k)
     for rows, w in zip(x.split(tile), weights.split(tile)):
         score, own = torch.addmm(half, rows, centres.T, alpha=-1).min(1)
-        share = rows.new_zeros(len(rows),
-                               len(centres)).scatter_(1, own[:, None], w[:, None])
-        sums.addmm_(share.T, rows); mass += share.sum(0)
+        share = rows.new_zeros(len(rows), k).scatter_(1, own[:, None], w[:, None])
+        sums.addmm_(share.T, rows)
+        mass += share.sum(0)
         low.append(2 * score + rows.square().sum(1))
     return sums, mass, torch.cat(low).clamp_(min=0)
 
 # %% ../nbs/05_prototypes.ipynb #07c3e8d5
 #| code-fold: true
 def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int,
-                    progress: str) -> tuple:
-    # centres, mean squared distance
+                    progress: str
+                   ) -> tuple: # centres, mean squared distance
     """Lloyd's iterations on the device of `x`, as scikit-learn makes them: empty
     clusters go to the farthest rows."""
     enough = 1e-4 * x.var(0, correction=0).mean()
     for _ in tqdm(range(max_iter), progress, disable=None if progress else True,
                   leave=False, unit='iteration'):
         sums, mass, far = _pass(x, weights, centres)
-        old, centres, empty = (centres, sums / mass.clamp(min=1e-30)[:, None],
-                               (mass == 0).nonzero()[:, 0])
+        old, centres = centres, sums / mass.clamp(min=1e-30)[:, None]
+        empty = (mass == 0).nonzero()[:, 0]
         if len(empty): centres[empty] = x[far.topk(len(empty)).indices]
         if (centres - old).square().sum() <= enough: break
     squares = (_pass(x, weights, centres)[2] * weights).double().sum()
@@ -217,8 +219,8 @@ def kmeans(rows: Tensor,           # N x C
     x, weights = distinct(rows)
     if len(x) < clusters:
         warnings.warn(f'K-means: found {len(x)} distinct rows; expected {clusters} or '
-                      'more, the number of clusters. '
-                      'Some centres repeat', ConvergenceWarning, stacklevel=3)
+                      'more, the number of clusters. Some centres repeat',
+                      ConvergenceWarning, stacklevel=3)
         return torch.from_numpy(x[np.arange(clusters) % len(x)]).double(), 0.
     mean = np.einsum('n,nc->c', weights, x, dtype=np.float64) / weights.sum()
     x = np.subtract(x, mean, out=x, casting='same_kind').astype(np.float32, copy=False)
@@ -263,18 +265,18 @@ class Supervision(nn.Module):
 
 # %% ../nbs/05_prototypes.ipynb #13c51967
 #| code-fold: true
-def misfits(found: dict,   # {name: tensor}, to be loaded
+def misfits(found: dict,       # {name: tensor}, to be loaded
             whole: tuple = (), # names of those that hold integers
             # {name: a letter for each dimension}; equal letters, equal sizes
             **shapes: str,
-           ) -> str:       # what is wrong; empty where nothing is
+           ) -> str: # what is wrong; empty where nothing is
     "Do these tensors belong together, and are all numbers finite?"
     sizes = {}
     for name, letters in shapes.items():
         x = found[name]
         fits = x.ndim == len(letters) and 0 not in x.shape
-        if not fits or any(sizes.setdefault(l, n) != n for l,
-                           n in zip(letters, x.shape)):
+        if not fits or any(sizes.setdefault(l, n) != n
+                           for l, n in zip(letters, x.shape)):
             return (f'found {name} of shape {tuple(x.shape)}; expected '
                     f'{" x ".join(letters) or "a number"}, with '
                     + ', '.join(f'{l} = {n}' for l, n in sizes.items()))
@@ -296,8 +298,8 @@ def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, stri
         return errors.append(f'{prefix or type(self).__name__}: {conflict}')
     for name, value in found.items():
         old = self._buffers[name]
-        self._buffers[name] = torch.empty_like(value, device=value.device if old is None
-                                               else old.device)
+        device = value.device if old is None else old.device
+        self._buffers[name] = torch.empty_like(value, device=device)
     super(Supervision, self)._load_from_state_dict(state, prefix, local_metadata,
                                                    strict, missing, unexpected, errors)
     if found:
@@ -334,10 +336,9 @@ class KMeansPrototypes(Supervision):
         rows, = sample(checked(stream, progress='teacher features', devices=devices),
                        self.memory, self.seed)
         if len(rows) < self.num_prototypes:
-            raise ValueError(f'KMeansPrototypes: found {len(rows)} rows (memory = '
-                             f'{self.memory:,} bytes); '
-                             'expected at least num_prototypes = '
-                             f'{self.num_prototypes}')
+            raise ValueError(f'KMeansPrototypes: found {len(rows)} rows '
+                             f'(memory = {self.memory:,} bytes); expected at least '
+                             f'num_prototypes = {self.num_prototypes}')
         centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed,
                                   'K-means', devices.pop())
         self.prototypes, self.inertia = centres.float(), torch.tensor(inertia)
@@ -347,8 +348,10 @@ class KMeansPrototypes(Supervision):
 #| code-fold: true
 @patch
 @torch.no_grad()
-def target(self: KMeansPrototypes, rows: Tensor, labels: Optional[Tensor] = None
-          ) -> PrototypeTarget: # N x C; labels are not needed
+def target(self: KMeansPrototypes,
+           rows: Tensor,                    # N x C
+           labels: Optional[Tensor] = None, # not needed
+          ) -> PrototypeTarget:             # N x K
     self._fitted(rows, None if self.prototypes is None else self.prototypes.shape[1])
     mean = self.prototypes.mean(0)
     return PrototypeTarget(precise(rows) - mean, self.prototypes - mean, self.tau)
@@ -362,7 +365,7 @@ def _conflict(self: KMeansPrototypes, found: dict) -> str:
 
 # %% ../nbs/05_prototypes.ipynb #a97a2bbd
 #| code-fold: true
-def tau_for_perplexity(target: Callable, # temperature -> target
+def tau_for_perplexity(target: Callable,   # temperature -> target
                        wanted: float,      # perplexity, between 1 and K
                        low: float = 1e-6,  # smallest temperature considered
                        high: float = 1e6,  # largest
@@ -395,7 +398,9 @@ class KernelPrototypes(Supervision):
         self.tau, self.whiten = tau, whiten
 
     @property
-    def num_templates(self) -> int: self._fitted(); return len(self.mean)
+    def num_templates(self) -> int:
+        self._fitted()
+        return len(self.mean)
     def extra_repr(self) -> str: return f'tau={self.tau:g}, whiten={self.whiten}'
 
     def fit(self,
@@ -407,27 +412,29 @@ class KernelPrototypes(Supervision):
             if shift is None: shift, total, squares = rows[0].double(), 0., 0.
             x = rows.double() - shift
             if not self.whiten: x -= x.mean(1, keepdim=True)
-            n, total, squares = (n + len(x), total + x.sum(0),
-                                 squares + x.square().sum(0))
+            n += len(x)
+            total, squares = total + x.sum(0), squares + x.square().sum(0)
         mean = total / n
         var = (squares / n - mean.square()).clamp(min=0)
         if var.max() == 0:
             raise ValueError(f'KernelPrototypes: found {n} rows all alike; expected '
                              'responses that vary')
         if not self.whiten: mean, var = -shift, var.mean().expand_as(var)
-        self.mean, self.std = ((mean + shift).float(),
-                               var.sqrt().masked_fill(var == 0, 1).float())
+        self.mean = (mean + shift).float()
+        self.std = var.sqrt().masked_fill(var == 0, 1).float()
         return self
 
 # %% ../nbs/05_prototypes.ipynb #b78a6cfc
 #| code-fold: true
 @patch
 @torch.no_grad()
-def target(self: KernelPrototypes, rows: Tensor, labels: Optional[Tensor] = None
-          ) -> DenseTarget: # N x K responses; no labels needed
+def target(self: KernelPrototypes,
+           rows: Tensor,                    # N x K responses
+           labels: Optional[Tensor] = None, # not needed
+          ) -> DenseTarget:                 # N x K
     self._fitted(rows, None if self.mean is None else len(self.mean))
-    return DenseTarget(F.softmax((precise(rows) - self.mean) / (self.std * self.tau),
-                                 dim=1))
+    z = (precise(rows) - self.mean) / (self.std * self.tau)
+    return DenseTarget(F.softmax(z, dim=1))
 
 @patch
 def _conflict(self: KernelPrototypes, found: dict) -> str:
@@ -435,6 +442,6 @@ def _conflict(self: KernelPrototypes, found: dict) -> str:
     if found['std'].min() <= 0:
         return (f'found a standard deviation of {found["std"].min():g}; expected '
                 'positive ones')
-    whitened = found['mean'].count_nonzero() > 0
-    return ('' if whitened == self.whiten else f'found whiten={bool(whitened)}; '
-            f'expected whiten={self.whiten}')
+    whitened = bool(found['mean'].count_nonzero() > 0)
+    if whitened == self.whiten: return ''
+    return f'found whiten={whitened}; expected whiten={self.whiten}'

@@ -30,14 +30,12 @@ def _number(name, x, like):
     except RuntimeError: fits = False
     if not fits:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected one that "
-                         f"broadcasts to {tuple(like.shape)}: "
-                         f"give a number, K = {like.shape[-1]} values, or a value per "
-                         f"row as ... x 1")
+                         f"broadcasts to {tuple(like.shape)}: give a number, "
+                         f"K = {like.shape[-1]} values, or a value per row as ... x 1")
     if not x.isfinite().all():
         raise ValueError(f"{name} has {int((~x.isfinite()).sum())} non-finite values, "
-                         f"expected finite numbers: "
-                         "look for an overflow upstream, or use match_linear for an "
-                         "infinite epsilon")
+                         "expected finite numbers: look for an overflow upstream, "
+                         "or use match_linear for an infinite epsilon")
     return x
 
 # %% ../nbs/02_solver.ipynb #7edbe778
@@ -45,14 +43,12 @@ def _number(name, x, like):
 def _margins(scores, mu, epsilon=None):
     "Checked margins s = S - mu and sharpness, both ... x K, in float32 or wider."
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise TypeError(f"scores are "
-                        f"{getattr(scores, 'dtype', type(scores).__name__)}, "
-                        f"expected floating-point "
-                        "values ... x K: convert with torch.as_tensor(scores, "
-                        "dtype=torch.float32)")
+        found = getattr(scores, "dtype", type(scores).__name__)
+        raise TypeError(f"scores are {found}, expected floating-point values ... x K: "
+                        "convert with torch.as_tensor(scores, dtype=torch.float32)")
     if scores.dim() == 0 or scores.shape[-1] == 0:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, expected ... x K "
-                         f"with K >= 1: put templates last")
+                         "with K >= 1: put templates last")
     like = scores.to(torch.promote_types(scores.dtype, torch.float32))
     s = _number("scores", like, like) - _number("mu", mu, like)
     return s, None if epsilon is None else _sharpness(epsilon, like)
@@ -64,21 +60,19 @@ def _sharpness(epsilon, like):
     epsilon = _number("epsilon", epsilon, like)
     if not (epsilon > 0).all():
         raise ValueError(f"epsilon goes down to {epsilon.min():g}, expected "
-                         f"values > 0: "
-                         f"for a negative or zero "
-                         "batch-norm weight read the layer with bn_to_matching, which "
-                         "moves the sign to the scores")
+                         "values > 0: for a negative or zero batch-norm weight read "
+                         "the layer with bn_to_matching, which moves the sign to "
+                         "the scores")
     return epsilon.expand_as(like)
 
 def _problem(scores, mu, epsilon, smoothing):
     "Checked margins and sharpness of one of the three problems."
     if smoothing not in ("linear", "entropic", "quadratic"):
-        raise ValueError(f"smoothing is {smoothing!r}, expected 'linear', "
-                         f"'entropic' or "
-                         f"'quadratic': choose one")
+        raise ValueError(f"smoothing is {smoothing!r}, expected 'linear', 'entropic' "
+                         "or 'quadratic': choose one")
     if epsilon is None and smoothing != "linear":
-        raise ValueError(f"epsilon is missing, expected values > 0 for the {smoothing} "
-                         f"problem: pass epsilon")
+        raise ValueError("epsilon is missing, expected values > 0 for the "
+                         f"{smoothing} problem: pass epsilon")
     return _margins(scores, mu, epsilon)
 
 # %% ../nbs/02_solver.ipynb #48fce646
@@ -91,7 +85,8 @@ def objective(
     smoothing: str = "quadratic", # 'linear', 'entropic' or 'quadratic'
 ) -> Tensor:                      # ..., the value that the problem maximises
     "sum_k p_k (S_k - mu_k) - Omega(p, q) for each row."
-    (p, q, _), (s, epsilon) = solution, _problem(scores, mu, epsilon, smoothing)
+    p, q, _ = solution
+    s, epsilon = _problem(scores, mu, epsilon, smoothing)
     value = (p * s).sum(-1)
     if smoothing == "quadratic": value = value - (p**2 / (2 * epsilon)).sum(-1)
     if smoothing == "entropic":
@@ -107,11 +102,11 @@ def kkt(
     epsilon=None, # sharpness, broadcasts to the scores; not used by 'linear'
     smoothing: str = "quadratic", # 'linear', 'entropic' or 'quadratic'
 ) -> Tensor: # ..., >= 0; zero at the solution, up to rounding
-    """Greatest violation of the optimality conditions of each row, relative to 1 + max
-    |S - mu| + |lam|."""
+    """Greatest violation of the optimality conditions of each row, relative to
+    1 + max |S - mu| + |lam|."""
     s, epsilon = _problem(scores, mu, epsilon, smoothing)
-    p, q, lam = (solution.p.to(s.dtype), solution.q[..., None].to(s.dtype),
-                 solution.lam[..., None].to(s.dtype))
+    p, q = solution.p.to(s.dtype), solution.q[..., None].to(s.dtype)
+    lam = solution.lam[..., None].to(s.dtype)
     budget = ((p.sum(-1) + q[..., 0] - 1).abs() + F.relu(-p).amax(-1)
               + F.relu(-q[..., 0]))
     if smoothing == "entropic":
@@ -123,23 +118,23 @@ def kkt(
         gaps = gap(p, s - lam, epsilon), gap(q, -lam, epsilon.mean(-1, keepdim=True))
     else:
         marginal = p / epsilon if smoothing == "quadratic" else 0. # derivative of Omega
-        gaps = torch.minimum(p if smoothing == "linear" else marginal,
-                             lam - s + marginal), torch.minimum(q, lam)
-    return torch.cat(gaps, -1).abs().amax(-1) / (1 + s.abs().amax(-1)
-                                                 + lam[..., 0].abs()) + budget
+        mass = p if smoothing == "linear" else marginal
+        gaps = torch.minimum(mass, lam - s + marginal), torch.minimum(q, lam)
+    scale = 1 + s.abs().amax(-1) + lam[..., 0].abs()
+    return torch.cat(gaps, -1).abs().amax(-1) / scale + budget
 
 # %% ../nbs/02_solver.ipynb #4b8130db
 def match_linear(
     scores: Tensor,  # ... x K, S
     mu=0.,           # threshold, broadcasts to the scores
 ) -> Assignment:     # p one-hot or zero, q = 1 where no score exceeds its threshold
-    """argmax over p, q >= 0, q + sum_k p_k = 1 of sum_k p_k (S_k - mu_k): the linear
-    programme (Görgün et al., 2023)."""
+    """argmax over p, q >= 0, q + sum_k p_k = 1 of sum_k p_k (S_k - mu_k):
+    the linear programme (Görgün et al., 2023)."""
     s, _ = _margins(scores, mu)
     best, k = s.max(-1, keepdim=True)
     p = torch.zeros_like(s).scatter(-1, k, (best > 0).to(s.dtype))
-    return Assignment(*(x.to(scores.dtype) for x in (p, 1 - p.sum(-1),
-                                                     F.relu(best[..., 0]))))
+    solution = p, 1 - p.sum(-1), F.relu(best[..., 0])
+    return Assignment(*(t.to(scores.dtype) for t in solution))
 
 # %% ../nbs/02_solver.ipynb #a1315ef9
 #| code-fold: true
@@ -149,8 +144,8 @@ def match_entropic(
     # sharpness > 0, broadcasts to the scores; its mean over k is the sharpness of q
     epsilon,
 ) -> Assignment: # all masses positive; once differentiable in all arguments
-    """argmax of sum_k p_k (S_k - mu_k) - q log q / mean(epsilon) - sum_k p_k log p_k /
-    epsilon_k."""
+    """argmax of
+    sum_k p_k (S_k - mu_k) - q log q / mean(epsilon) - sum_k p_k log p_k / epsilon_k."""
     s, e = _margins(scores, mu, epsilon)
     e = torch.cat([e.mean(-1, keepdim=True), e], -1)
     s = torch.cat([torch.zeros_like(s[..., :1]), s], -1)  # option 0: no match
@@ -160,14 +155,14 @@ def match_entropic(
         lam = (s - 1 / e).amax(-1, keepdim=True)
         for _ in range(64):
             f, slope = _excess(s, e, lam)
-            lam, done = (lam + f / slope,
-                         f <= 4 * torch.finfo(s.dtype).eps * (1 + slope * lam.abs()))
+            done = f <= 4 * torch.finfo(s.dtype).eps * (1 + slope * lam.abs())
+            lam = lam + f / slope
             if done.all(): break
     f, slope = _excess(s, e, lam)
     lam = lam + f / slope.detach()  # the step that carries the gradient
     x = (e * (s - lam)).softmax(-1)
-    return Assignment(*(t.to(scores.dtype) for t in (x[..., 1:], x[..., 0],
-                                                     (lam + best)[..., 0])))
+    solution = x[..., 1:], x[..., 0], (lam + best)[..., 0]
+    return Assignment(*(t.to(scores.dtype) for t in solution))
 
 # %% ../nbs/02_solver.ipynb #11cb5ae7
 #| code-fold: true
@@ -182,8 +177,8 @@ def match_quadratic(
     mu,              # threshold, broadcasts to the scores
     epsilon,         # sharpness > 0, broadcasts to the scores
 ) -> Assignment: # p = epsilon ReLU(S - mu - lam), lam >= 0, lam q = 0; differentiable
-    """argmax of sum_k p_k (S_k - mu_k) - sum_k p_k**2 / (2 epsilon_k) over p, q >= 0
-    with q + sum_k p_k = 1."""
+    """argmax of sum_k p_k (S_k - mu_k) - sum_k p_k**2 / (2 epsilon_k)
+    over p, q >= 0 with q + sum_k p_k = 1."""
     s, e = _margins(scores, mu, epsilon)
     spent = (e * F.relu(s)).sum(-1, keepdim=True)
     binds = spent > 1
@@ -195,8 +190,8 @@ def match_quadratic(
     lam = ((weight * ranked).cumsum(-1) - 1) / weight.cumsum(-1)
     lam = torch.where(binds, lam.max(-1, keepdim=True).values, 0.)
     p, q = e * F.relu(s - lam), torch.where(binds, 0., 1 - spent)
-    return Assignment(*(t.to(scores.dtype) for t in (p, q[..., 0],
-                                                     F.relu(lam + best)[..., 0])))
+    solution = p, q[..., 0], F.relu(lam + best)[..., 0]
+    return Assignment(*(t.to(scores.dtype) for t in solution))
 
 # %% ../nbs/02_solver.ipynb #e1b769a0
 #| code-fold: true
@@ -207,7 +202,8 @@ class Matching(NamedTuple):
     sign: Tensor     # K, 1, -1 (template flipped) or 0 (constant channel)
     c: Tensor        # scalar, the layer-wide scale
 
-    def solve(self,
+    def solve(
+        self,
         scores: Tensor,  # ... x K, S
     ) -> Assignment:     # p = c A and lam = 0 in every row whose budget is slack
         "The quadratic matching problem that this BN-ReLU stands for."
@@ -223,23 +219,23 @@ def bn_to_matching(
     eps: float = 1e-5,      # the batch norm's eps
     c=1.,                   # layer-wide scale > 0, a number or scalar tensor
 ) -> Matching:              # differentiable in all arguments
-    """epsilon = c |gamma| / sigma, mu = sign (m - beta sigma / gamma); gamma < 0 flips
-    the template, 0 is a constant."""
+    """epsilon = c |gamma| / sigma, mu = sign (m - beta sigma / gamma);
+    gamma < 0 flips the template, 0 is a constant."""
     weight = torch.ones_like(mean) if weight is None else weight
     bias = torch.zeros_like(mean) if bias is None else bias
     _same_shape(weight=weight, bias=bias, mean=mean, var=var)
     if not (var + eps > 0).all():
-        raise ValueError(f"var + eps goes down to {(var + eps).min():g}, expected "
-                         f"values > 0: pass variances")
-    c, sigma, tiny = (_positive_scalar(c, mean), (var + eps).sqrt(),
-                      torch.finfo(mean.dtype).tiny)
+        raise ValueError(f"var + eps goes down to {(var + eps).min():g}, "
+                         "expected values > 0: pass variances")
+    c, sigma = _positive_scalar(c, mean), (var + eps).sqrt()
+    tiny = torch.finfo(mean.dtype).tiny
     # too small to divide by is zero
     alive = (bias * sigma / weight).isfinite() & (c * weight.abs() / sigma >= tiny)
     gamma = torch.where(alive, weight, 1.)
     sign = torch.where(alive, gamma.detach().sign(), 0.)
     epsilon = c * torch.where(alive, gamma.abs() / sigma, 1.)
-    return Matching(torch.where(alive, sign * (mean - bias * sigma / gamma), -bias),
-                    epsilon, sign, c)
+    mu = torch.where(alive, sign * (mean - bias * sigma / gamma), -bias)
+    return Matching(mu, epsilon, sign, c)
 
 # %% ../nbs/02_solver.ipynb #82a1270e
 #| code-fold: true
@@ -254,8 +250,8 @@ def matching_to_bn(
     mu, epsilon, sign, c = matching
     _same_shape(mu=mu, epsilon=epsilon, sign=sign, mean=mean, var=var)
     if not torch.isin(sign, sign.new_tensor([-1, 0, 1])).all():
-        raise ValueError(f"sign has the values {sign.unique().tolist()[:5]}, expected "
-                         f"-1, 0 or 1: put size in epsilon")
+        raise ValueError(f"sign has the values {sign.unique().tolist()[:5]}, "
+                         "expected -1, 0 or 1: put size in epsilon")
     epsilon = _sharpness(epsilon, mean) / _positive_scalar(c, mean)
     return sign * epsilon * (var + eps).sqrt(), epsilon * (sign * mean - mu)
 
@@ -265,15 +261,15 @@ def _same_shape(**tensors):
     "Raise unless all are one-dimensional and of one length."
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(s) != 1 for s in shapes.values()):
-        raise ValueError(f"found shapes {shapes}, expected K values each: pass what "
-                         f"belongs to one layer")
+        raise ValueError(f"found shapes {shapes}, expected K values each: "
+                         "pass what belongs to one layer")
 
 def _positive_scalar(c, like):
     "`c` as a positive, finite scalar tensor."
     c = torch.as_tensor(c, dtype=like.dtype, device=like.device)
     if c.dim() or not (c.isfinite() & (c > 0)):
-        raise ValueError(f"c is {c.tolist()}, expected one finite number > 0: take "
-                         f"layer_scale(A) or 1")
+        raise ValueError(f"c is {c.tolist()}, expected one finite number > 0: "
+                         "take layer_scale(A) or 1")
     return c
 
 # %% ../nbs/02_solver.ipynb #82f970ec
@@ -282,8 +278,8 @@ def bn_statistics(
     bn,              # a torch batch norm over K channels
     scores: Tensor,  # ... x K, its input with channels last
 ) -> tuple[Tensor, Tensor]:  # mean and biased variance, K each
-    """What `bn` normalises by in its present mode: the batch's statistics in training,
-    running ones in eval."""
+    """What `bn` normalises by in its present mode:
+    the batch's statistics in training, running ones in eval."""
     if bn.training or bn.running_mean is None:
         rows = scores.flatten(0, -2)
         return rows.mean(0), rows.var(0, correction=0)
@@ -294,7 +290,7 @@ def bn_statistics(
 def layer_scale(
     assigned: Tensor,  # ... x K, A >= 0, the output of BN-ReLU
 ) -> Tensor:           # scalar c; 1 where nothing is assigned at all
-    """c = 1 / max_n sum_k A_nk: the greatest scale that leaves the budget slack on
-    every row."""
+    """c = 1 / max_n sum_k A_nk: the greatest scale that leaves the budget slack
+    on every row."""
     most = assigned.sum(-1).amax()
     return torch.where(most > 0, 1 / most, 1.)

@@ -32,12 +32,12 @@ class Moments:
            ):
         if self.shift is None:
             self.shift, c = rows[0].double().numpy().copy(), rows.shape[1]
-            self.counts, self.sums, self.products = (np.zeros(0, int), np.zeros((0, c)),
-                                                     np.zeros((c, c)))
+            self.counts = np.zeros(0, int)
+            self.sums, self.products = np.zeros((0, c)), np.zeros((c, c))
         n = np.bincount(labels.numpy(), minlength=len(self.counts))
         new = len(n) - len(self.counts)
-        self.counts, self.sums = (np.pad(self.counts, (0, new)) + n,
-                                  np.pad(self.sums, ((0, new), (0, 0))))
+        self.counts = np.pad(self.counts, (0, new)) + n
+        self.sums = np.pad(self.sums, ((0, new), (0, 0)))
         x = rows.double() - torch.from_numpy(self.shift)
         torch.from_numpy(self.sums).index_add_(0, labels, x)
         self.products += x.numpy().T @ x.numpy()
@@ -51,8 +51,8 @@ def scatter(self: Moments) -> tuple: # mean, B, W
     mean = self.sums.sum(0) / n
     means = self.sums / self.counts[:, None] - mean
     between = (means * self.counts[:, None] / n).T @ means
-    return (mean + self.shift, between,
-            self.products / n - np.outer(mean, mean) - between)
+    within = self.products / n - np.outer(mean, mean) - between
+    return mean + self.shift, between, within
 
 # %% ../nbs/06_subclasses.ipynb #bd900d97
 #| code-fold: true
@@ -74,8 +74,8 @@ def lda_map(between: np.ndarray, # B, C x C
     values, vectors = np.linalg.eigh(whiten.T @ between[np.ix_(live, live)] @ whiten)
     values, vectors = values[::-1], vectors[:, ::-1]
     if values[0] < 1e-12:
-        raise ValueError('LDA: found classes with equal means; expected means '
-                         'that differ')
+        raise ValueError('LDA: found classes with equal means; '
+                         'expected means that differ')
     values = values[values > 1e-8 * values[0]]
     directions = np.zeros((len(live), min(num_dims, len(values))))
     directions[live] = (whiten @ vectors)[:, :directions.shape[1]]
@@ -113,23 +113,25 @@ def _project(rows: Tensor, mean: Tensor, projection: Tensor
         return x @ projection.to(x.dtype)
 
 def _nearest(z: Tensor, prototypes: Tensor) -> Tensor: # N x d, K x d -> N, h2
-    half, tile = prototypes.square().sum(1) / 2, max(1, 2**24 // len(prototypes))
+    half = prototypes.square().sum(1) / 2
+    tile = max(1, 2**24 // len(prototypes))
     with torch.autocast(z.device.type, enabled=False):
         return torch.cat([(half - x @ prototypes.T).argmin(1) for x in z.split(tile)])
 
 def _nearest_own(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int
                 ) -> Tensor: # -> N, h1
     own = prototypes.view(-1, per_class, prototypes.shape[1])
-    steps = [(x[:, None] - own[y]).square().sum(2).argmin(1) for x,
-             y in zip(z.split(4096), labels.split(4096))]
+    steps = [(x[:, None] - own[y]).square().sum(2).argmin(1)
+             for x, y in zip(z.split(4096), labels.split(4096))]
     return torch.cat(steps) + labels * per_class
 
 # %% ../nbs/06_subclasses.ipynb #4da27975
 @one_thread()
 def _count(z: Tensor, labels: Tensor, prototypes: Tensor, per_class: int,
-           counts: Tensor):
-    # counts: K x K, added to
-    i, j = _nearest_own(z, labels, prototypes, per_class), _nearest(z, prototypes)
+           counts: Tensor, # K x K, added to
+          ):
+    i = _nearest_own(z, labels, prototypes, per_class)
+    j = _nearest(z, prototypes)
     counts.view(-1).index_add_(0, i * len(prototypes) + j, torch.ones_like(i))
 
 def transition_matrix(pieces: Iterable[tuple], # (z, labels)
@@ -155,10 +157,13 @@ class Remembered:
                  # a fresh pass over the stream at each call: pieces, tuples of tensors
                  open: Callable,
                  memory: int,    # bytes to hold at most
-                ): self.open, self.memory, self.kept = open, memory, None
+                ):
+        self.open, self.memory, self.kept = open, memory, None
 
     def __iter__(self):
-        if self.kept is not None: yield from self.kept; return
+        if self.kept is not None:
+            yield from self.kept
+            return
         kept, size = [], 0
         for piece in self.open():
             size += sum(t.numel() * t.element_size() for t in piece)
@@ -172,8 +177,8 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
              num_classes: Optional[int]) -> tuple:
     moments = Moments()
     for rows, labels in blocks(pieces): moments.add(rows, labels)
-    counts = np.pad(moments.counts,
-                    (0, max(0, (num_classes or 0) - len(moments.counts))))
+    unseen = max(0, (num_classes or 0) - len(moments.counts))
+    counts = np.pad(moments.counts, (0, unseen))
     if (counts > 0).sum() < 2:
         raise ValueError('SubClasses: found rows of one class (label '
                          f'{counts.argmax()}); expected 2 classes or more')
@@ -197,7 +202,7 @@ class SubClasses(Supervision):
                  per_class: int = 8, # J, sub-classes in each class; 8 in letKD
                  # of K-means' start, and of the sample where one is needed
                  seed: int = 0,
-                 max_iter: int = 50,                # Lloyd iterations in each class
+                 max_iter: int = 50, # Lloyd iterations in each class
                  # bytes of features to hold, and as many again of z
                  memory: int = 2**30,
                  # Y; None: one more than the largest label of the stream
@@ -209,8 +214,9 @@ class SubClasses(Supervision):
         self.max_iter, self.memory, self.num_classes = max_iter, memory, num_classes
 
     @property
-    def num_templates(self) -> int:
-        self._fitted(); return len(self.prototypes) # K = Y*J
+    def num_templates(self) -> int: # K = Y*J
+        self._fitted()
+        return len(self.prototypes)
     def extra_repr(self) -> str:
         return f'num_dims={self.num_dims}, per_class={self.per_class}'
 
@@ -277,8 +283,8 @@ def target(self: SubClasses,
     "M[h1(t_n, y_n)], for a batch."
     self._fitted(rows, None if self.mean is None else len(self.mean))
     if labels is None:
-        raise ValueError('SubClasses.target: found no labels; expected one for '
-                         'each row')
+        raise ValueError('SubClasses.target: found no labels; '
+                         'expected one for each row')
     return TableTarget(self.assign(rows, labels), self.transition)
 
 # %% ../nbs/06_subclasses.ipynb #c774b495
@@ -287,8 +293,8 @@ def target(self: SubClasses,
 def class_of(self: SubClasses) -> Tensor: # K integers
     "The class of each sub-class."
     self._fitted()
-    return torch.arange(len(self.prototypes),
-                        device=self.prototypes.device) // self.per_class
+    each = torch.arange(len(self.prototypes), device=self.prototypes.device)
+    return each // self.per_class
 
 @patch(as_prop=True)
 def flatness(self: SubClasses) -> Tensor: # K numbers
@@ -301,11 +307,11 @@ def flatness(self: SubClasses) -> Tensor: # K numbers
 def names(self: SubClasses,
           # names of the classes; their numbers where None
           classes: Optional[list] = None,
-         ) -> list:                       # K names, such as 'deer 3'
+         ) -> list: # K names, such as 'deer 3'
     "A name for each sub-class."
     y = self.class_of.tolist()
-    return [f'{classes[c] if classes else c} {i % self.per_class}' for i,
-            c in enumerate(y)]
+    return [f'{classes[c] if classes else c} {i % self.per_class}'
+            for i, c in enumerate(y)]
 
 # %% ../nbs/06_subclasses.ipynb #4e3e2291
 #| code-fold: true
@@ -319,7 +325,8 @@ def _conflict(self: SubClasses, found: dict) -> str:
     rows = found['transition']
     if rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:
         return 'found a transition whose rows are no probabilities'
-    (classes, per_class), dims = found['sizes'].shape, found['projection'].shape[1]
+    classes, per_class = found['sizes'].shape
+    dims = found['projection'].shape[1]
     expected = min(self.num_dims, len(found['eigenvalues']))
     if per_class != self.per_class:
         return (f'found {per_class} sub-classes per class; expected per_class = '

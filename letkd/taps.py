@@ -24,8 +24,8 @@ def _split(tap: str):
     stands behind `@`."""
     path, colon, side = tap.partition('@')[0].partition(':')
     if colon and side != 'input':
-        raise ValueError(f"tap {tap!r} ends in ':{side}'; a tap is a module path, or a module path "
-                         f"and ':input'")
+        raise ValueError(f"tap {tap!r} ends in ':{side}'; a tap is a module path, "
+                         "or a module path and ':input'")
     return path, bool(colon)
 
 # %% ../nbs/taps.ipynb #8d912475
@@ -36,7 +36,8 @@ def _is_called(module):
 
 def _names(names, most=4):
     names = [repr(name) for name in names]
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
 
 # %% ../nbs/taps.ipynb #5c1e0a01
 def is_exported(model: nn.Module) -> bool: # any network
@@ -69,9 +70,9 @@ def resolve(
         raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: '
                        f'{_names(near)}') from None
     if getattr(module, 'hidden', None) == ('input' if at_input else 'output'):
-        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer '
-                         'before it, and this map is another now; '
-                         f'name the tap when folding: inference_form(model, taps=[{tap!r}])')
+        raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer before it, '
+                         'and this map is another now; name the tap when folding: '
+                         f'inference_form(model, taps=[{tap!r}])')
     if _is_called(module): return module
     members = [f'{path}.{name}'.lstrip('.') for name, _ in module.named_children()]
     raise ValueError(f'tap {tap!r}: a {type(module).__name__} is never called, no map passes it; '
@@ -108,9 +109,9 @@ def _layout(tap: str) -> Layout | None:
     if found := re.fullmatch(r'(BC)?(?:(\d+)\+)?([1-9]\d*)x([1-9]\d*)', spec):
         first, prefix, h, w = found.groups()
         return Layout(not first, int(prefix or 0), (int(h), int(w)))
-    raise ValueError(f"tap {tap!r}: found {spec!r} behind '@'; expected a layout, such as BCHW, "
-                     f"BHWC, 14x14, "
-                     '1+14x14 (one token before 14 x 14 places), BC14x14 (channels first) or raw')
+    raise ValueError(f"tap {tap!r}: found {spec!r} behind '@'; expected a layout, such as "
+                     'BCHW, BHWC, 14x14, 1+14x14 (one token before 14 x 14 places), '
+                     'BC14x14 (channels first) or raw')
 
 # %% ../nbs/taps.ipynb #4078c6c3
 def _describe(value):
@@ -127,11 +128,12 @@ def _grid_for(layout: Layout, x: Tensor) -> tuple | None:
     places = x.shape[1 if layout.last else -1] - layout.prefix
     grid = layout.grid and _proportional(places, layout.grid)
     if x.ndim == (4 if layout.grid is None else 3) and (grid or layout.grid is None): return grid
-    raise ValueError(f'layout {layout}: found a {_describe(x)}; expected ' + (
-        'four dimensions' if layout.grid is None else
-        f'three, with {layout.prefix} + n places where n has the '
-        f'proportions of {layout.grid[0]} x {layout.grid[1]}. '
-        'Another image size may need another layout'))
+    if layout.grid is None: expected = 'four dimensions'
+    else:
+        expected = (f'three, with {layout.prefix} + n places where n has the proportions of '
+                    f'{layout.grid[0]} x {layout.grid[1]}. '
+                    'Another image size may need another layout')
+    raise ValueError(f'layout {layout}: found a {_describe(x)}; expected {expected}')
 
 # %% ../nbs/taps.ipynb #a45b25e8
 @patch
@@ -168,10 +170,9 @@ class _Maps:
     def keep(self, tap, x):
         if tap in self.found:
             raise RuntimeError(f'tap {tap!r} was reached twice: its '
-                               f'{type(self.modules[tap]).__name__} is called more '
-                               'than once, or the model ran twice in one `with`; tap a module that '
-                               'is called once, '
-                               "such as the one around it or the next one's ':input'")
+                               f'{type(self.modules[tap]).__name__} is called more than once, '
+                               'or the model ran twice in one `with`; tap a module that is called '
+                               "once, such as the one around it or the next one's ':input'")
         if x.is_inference():
             with torch.inference_mode(False): x = x.clone()
         self.found[tap], self.versions[tap] = x, x._version
@@ -181,15 +182,14 @@ class _Maps:
             raise RuntimeError(f'taps not reached: {_names(lost)}; the model did not run in the '
                                '`with`, does not call these modules itself, or was compiled before')
         if changed := [tap for tap, x in self.found.items() if x._version != self.versions[tap]]:
-            raise RuntimeError(f'maps overwritten after their tap: {_names(changed)}; an operation '
-                               'in place follows, '
-                               'such as nn.ReLU(inplace=True) or +=; tap the module after it, or '
-                               'set inplace=False')
+            raise RuntimeError(f'maps overwritten after their tap: {_names(changed)}; '
+                               'an operation in place follows, such as nn.ReLU(inplace=True) '
+                               'or +=; tap the module after it, or set inplace=False')
 
 # %% ../nbs/taps.ipynb #256514b1
 def _watch(module, tap, keep):
-    """Call `keep` with what passes the tap; where the tap names a layout, with the map B x C x H x
-    W."""
+    """Call `keep` with what passes the tap; where the tap names a layout, with the map
+    B x C x H x W."""
     layout = _layout(tap)
     def see(x):
         x = _one_tensor(x, f'what passes tap {tap!r}')
@@ -197,8 +197,8 @@ def _watch(module, tap, keep):
         except ValueError as error: raise ValueError(f'tap {tap!r}: {error}') from None
     if not _split(tap)[1]:
         return module.register_forward_hook(lambda module, args, output: see(output))
-    return module.register_forward_pre_hook(lambda module, args: see(args[0] if args else None),
-                                            prepend=True)
+    before = lambda module, args: see(args[0] if args else None)
+    return module.register_forward_pre_hook(before, prepend=True)
 
 @contextmanager
 def capture(
@@ -229,8 +229,8 @@ def compiled_capture(
     def run(x):
         maps.clear()
         return model(x), dict(maps)
-    # graphs are kept with the code: one of another network, with other hooks, would be taken for
-    # this one's
+    # graphs are kept with the code: one of another network, with other hooks, would be
+    # taken for this one's
     run.__code__ = run.__code__.replace()
     return torch.compile(run, **options)
 
@@ -241,8 +241,8 @@ def _after(module, args, output):
     return getattr(module, _OUTPUT)(_one_tensor(output, f'the output of {type(module).__name__}'))
 
 def _before(module, args):
-    x = _one_tensor(args[0] if args else None, 'the first positional input of '
-                    f'{type(module).__name__}')
+    x = _one_tensor(args[0] if args else None,
+                    f'the first positional input of {type(module).__name__}')
     return getattr(module, _INPUT)(x), *args[1:]
 
 # %% ../nbs/taps.ipynb #2ce3d0de
@@ -256,8 +256,8 @@ def _words(kind, code, seen):
     "Add the names that a method uses, and what the methods of its class use that it names."
     for name in set(code.co_names) - seen:
         seen.add(name)
-        method = None if hasattr(nn.Module, name) else getattr(getattr(kind, name, None),
-                                                               '__code__', None)
+        if hasattr(nn.Module, name): continue
+        method = getattr(getattr(kind, name, None), '__code__', None)
         if method: _words(kind, method, seen)
     for inner in code.co_consts:
         if hasattr(inner, 'co_names'): _words(kind, inner, seen)
@@ -268,8 +268,8 @@ def _lists_children(module):
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)): return True
     forwards = [vars(k).get('forward') for k in (module, *type(module).__mro__)
                 if k not in (nn.Module, object)]
-    return any(_LISTS & _words(type(module), f.__code__, set()) for f in forwards
-               if hasattr(f, '__code__'))
+    return any(_LISTS & _words(type(module), f.__code__, set())
+               for f in forwards if hasattr(f, '__code__'))
 
 def _step_aside(module, args):
     for name in (_OUTPUT, _INPUT):
@@ -299,7 +299,8 @@ class Inserted:
                  module, # the tapped module
                  name,   # of the child in it
                  hooks,  # that call it
-                ): self.module, self.name, self.hooks = module, name, hooks
+                ):
+        self.module, self.name, self.hooks = module, name, hooks
 
     def remove(self):
         "Take the layer out again; a second call does nothing."
@@ -344,7 +345,10 @@ def insert(
 # %% ../nbs/taps.ipynb #acd28082
 class Replaced:
     "What `replace` returns: the way back."
-    def __init__(self, model: nn.Module, path: str, old: nn.Module # where; the path; what was there
+    def __init__(self,
+                 model: nn.Module, # where
+                 path: str,        # of the module that made room
+                 old: nn.Module,   # what was there
                 ):
         self.model, self.path, self.old = model, path, old
 
@@ -360,18 +364,18 @@ def _put(model, path, module):
     parent, _, name = path.rpartition('.')
     model.get_submodule(parent)._modules[name] = module
 
-def replace(model: nn.Module, # any network; it is changed
-            path: str,        # of the module that makes room
+def replace(model: nn.Module,  # any network; it is changed
+            path: str,         # of the module that makes room
             module: nn.Module, # takes its place
-           ) -> Replaced:     # `.remove()` undoes it
+           ) -> Replaced:      # `.remove()` undoes it
     "Put a module in the place of another one."
     old = resolve(model, path)
     _put(model, path, module)
     return Replaced(model, path, old)
 
 # %% ../nbs/taps.ipynb #04bb1431
-# tokens that may stand before the places where nobody says how many: one for the class, four
-# registers
+# tokens that may stand before the places where nobody says how many:
+# one for the class, four registers
 _PREFIX = 5
 
 # %% ../nbs/taps.ipynb #bf48e989
@@ -386,9 +390,8 @@ def grid_of(
     side = math.isqrt(x.shape[1])
     if x.shape[1] - side**2 <= _PREFIX: return side, side
     raise ValueError(f'{x.shape[1]} tokens: a {side} x {side} square leaves '
-                     f'{x.shape[1] - side**2}, more than class '
-                     f'and register tokens (at most {_PREFIX}). Name the layout behind the '
-                     'tap, such as '
+                     f'{x.shape[1] - side**2}, more than class and register tokens '
+                     f'(at most {_PREFIX}). Name the layout behind the tap, such as '
                      "'blocks.11@1+16x8' for one token before 16 x 8 places")
 
 # %% ../nbs/taps.ipynb #5e3358cf
@@ -421,8 +424,8 @@ def _image_size(images: Tensor) -> tuple:
     return tuple(images.shape[2:]) if images.ndim == 4 else (1, images.shape[-1])
 
 def _shrunk(grid, size) -> bool:
-    """Could a grid be an image of this size, made smaller alike in both directions, give or take a
-    place?"""
+    """Could a grid be an image of this size, made smaller alike in both directions,
+    give or take a place?"""
     most = [n / (g - 1) if g > 1 else math.inf for g, n in zip(grid, size)]
     return max(n / (g + 1) for g, n in zip(grid, size)) <= min(most)
 
@@ -431,11 +434,12 @@ def _readings(shape, size, declared: int | None) -> list:
     if len(shape) == 4:
         return [Layout(last) for last in (False, True)
                 if _shrunk(shape[1:3] if last else shape[2:], size)]
-    prefixes = ((declared, 0) if declared else (0,) if declared == 0 or size[0] == 1
-                else range(_PREFIX + 1))
+    if declared: prefixes = declared, 0
+    elif declared == 0 or size[0] == 1: prefixes = 0,
+    else: prefixes = range(_PREFIX + 1)
     grids = {p: _proportional(shape[1] - p, size) for p in prefixes if shape[1] > (declared or 0)}
-    tokens = [Layout(True, p, g) for p, g in grids.items() if g
-              and (p == declared or p < math.prod(g))]
+    tokens = [Layout(True, p, g) for p, g in grids.items()
+              if g and (p == declared or p < math.prod(g))]
     channels_first = _proportional(shape[2], size)
     return tokens + ([Layout(False, 0, channels_first)] if channels_first else [])
 
@@ -460,10 +464,9 @@ def one_class(
     rest = labels[~own].view(len(labels), -1)
     if labels[own].min() > .5 and (rest.amax(1) - rest.amin(1)).max() < 1e-3:
         return labels.argmax(1)
-    raise ValueError('labels: found images that are mixed from several classes; expected one class '
-                     'for each. '
-                     'Supervisions are fitted on images as they are: pass a loader without mixup '
-                     'and CutMix')
+    raise ValueError('labels: found images that are mixed from several classes; expected one '
+                     'class for each. Supervisions are fitted on images as they are: '
+                     'pass a loader without mixup and CutMix')
 
 # %% ../nbs/taps.ipynb #aaff4a5e
 @contextmanager
@@ -477,24 +480,24 @@ def evaluating(model): # any network
 
 # %% ../nbs/taps.ipynb #0341ebb2
 def _enlarged(model, tap, images) -> tuple:
-    """(shape of the map of an image of twice the size, that size); (None, None) where the network
-    takes no such image."""
+    """(shape of the map of an image of twice the size, that size); (None, None) where
+    the network takes no such image."""
     image, shapes = images[:1].repeat(1, 1, *[2] * (images.ndim - 2)), {}
     try:
         with evaluating(model), capture(model, f'{tap}@raw') as maps: model(image)
     except Exception: pass  # what comes behind the tap may want the usual size
-    return ((x.shape, _image_size(image)) if (x := maps.get(f'{tap}@raw')) is not None
-            else (None, None))
+    x = maps.get(f'{tap}@raw')
+    return (None, None) if x is None else (x.shape, _image_size(image))
 
 def _grows(layout: Layout, small, large) -> bool:
     "Has the larger image more places and the same channels in this layout?"
     channels = len(small) - 1 if layout.last else 1
-    return all(a == b if i == channels else a < b for i,
-               (a, b) in enumerate(zip(small, large)) if i)
+    return all(a == b if i == channels else a < b
+               for i, (a, b) in enumerate(zip(small, large)) if i)
 
 def _normalises(model, shape) -> bool:
-    """Is there a layer norm over the last dimension of this shape, which is told from the others by
-    its length?"""
+    """Is there a layer norm over the last dimension of this shape, which is told from
+    the others by its length?"""
     norms = [tuple(getattr(m, 'normalized_shape', ())) for m in model.modules()]
     return shape[-1] not in shape[1:-1] and any(n[-1:] == shape[-1:] for n in norms)
 
@@ -506,8 +509,9 @@ def find_layout(
     images: Tensor    # B x 3 x H x W, or signals B x C x L: the input of that pass
 ) -> Layout:          # in which `x` holds the map
     "How a map lies in its tensor, or the error that says how to name it."
-    if x.ndim not in (3, 4): raise ValueError(f'tap {tap!r}: expected a map B x C x H x W '
-                                              f'or tokens B x N x C, found a {_describe(x)}')
+    if x.ndim not in (3, 4):
+        raise ValueError(f'tap {tap!r}: expected a map B x C x H x W or tokens B x N x C, '
+                         f'found a {_describe(x)}')
     size, declared = _image_size(images), _declared(model)
     readings = _readings(x.shape, size, declared) if len(x) == len(images) else []
     if readings == [Layout()]: return readings[0]
@@ -518,8 +522,8 @@ def find_layout(
     elif x.ndim == 4: left = [r for r in (Layout(), Layout(True)) if _grows(r, x.shape, shape)]
     else:
         places = lambda r: shape[1 if r.last else 2] - r.prefix
-        left = [r for r in readings if _grows(r, x.shape, shape)
-                and _proportional(places(r), larger)]
+        left = [r for r in readings
+                if _grows(r, x.shape, shape) and _proportional(places(r), larger)]
     if len(left) == 1 and len(x) == len(images): return left[0]
     raise ValueError(_unclear(tap, x, len(images), size, readings))
 
@@ -530,8 +534,8 @@ def _unclear(tap, x, count, size, readings) -> str:
     if len(x) != count: could = 'none, its first dimension is not the images'
     return (f'tap {tap!r}: found a {_describe(x)} for {count} images of {size[0]} x {size[1]}; '
             f"its layout could be {could}. Name it behind the tap: '{tap}@BCHW', '{tap}@BHWC', "
-            f"'{tap}@1+16x8' for tokens with one before 16 x 8 places, '{tap}@BC16x8' for channels "
-            f"first; or tap another module")
+            f"'{tap}@1+16x8' for tokens with one before 16 x 8 places, "
+            f"'{tap}@BC16x8' for channels first; or tap another module")
 
 # %% ../nbs/taps.ipynb #3cfc8ca3
 def as_maps(
@@ -578,13 +582,13 @@ def _as_labels(y, look):
     if whole and y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
     if whole and y.ndim == 1: return y.long()
     if y.is_complex() or y.ndim != 2 or y.shape[1] == 1:
-        raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, or B '
-                         'x Y shares of the classes')
+        raise ValueError(f'labels: found {y.dtype}, {_describe(y)}; expected B class numbers, '
+                         'or B x Y shares of the classes')
     asked = whole or look or y.device.type == 'cpu'
     if asked and not (((y >= 0) & (y <= 1)).all() and (y.sum(1) - 1).abs().max() < 1e-2):
-        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; expected '
-                         'numbers from 0 to 1 that '
-                         'sum to 1 in each row. Is it more than one class for each image?')
+        raise ValueError(f'labels: found a {_describe(y)} with rows that are no shares; '
+                         'expected numbers from 0 to 1 that sum to 1 in each row. '
+                         'Is it more than one class for each image?')
     return y.to(torch.uint8).argmax(1) if whole else y
 
 def _as_index(x, count):
@@ -604,17 +608,18 @@ def unpack(
     if isinstance(batch, Mapping): images, labels, index = (_entry(batch, part) for part in _KEYS)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         images, labels, index = [*batch, None][:3]
-    else: raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), (images, '
-                          'labels, index) or a dictionary of them')
+    else:
+        raise TypeError(f'batch: found {_describe(batch)}; expected (images, labels), '
+                        '(images, labels, index) or a dictionary of them')
     images, labels = _as_tensor(images, 'images'), _as_tensor(labels, 'labels')
     if images.ndim < 2 or not len(images):
-        raise ValueError(f'images: found a {_describe(images)}; expected at least one image, B x '
-                         '3 x H x W')
+        raise ValueError(f'images: found a {_describe(images)}; expected at least one image, '
+                         'B x 3 x H x W')
     if not labels.ndim or len(labels) != len(images):
         raise ValueError(f'batch: found {len(images)} images and '
                          f'{len(labels) if labels.ndim else 1} labels; expected one for each')
-    return (images, _as_labels(labels, look), None if index is None
-            else _as_index(index, len(images)))
+    labels = _as_labels(labels, look)
+    return images, labels, None if index is None else _as_index(index, len(images))
 
 # %% ../nbs/taps.ipynb #5c1e0b10
 def largest(
@@ -679,5 +684,5 @@ def stream(
     "The rows of a whole data set, a batch at a time."
     resolve(model, tap)
     if not isinstance(batches, Iterator): return _Stream(model, tap, batches, grid)
-    raise TypeError(f'batches is a {type(batches).__name__}, which can be read only once; pass a '
-                    'list or a loader')
+    raise TypeError(f'batches is a {type(batches).__name__}, which can be read only once; '
+                    'pass a list or a loader')

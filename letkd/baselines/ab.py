@@ -30,17 +30,18 @@ def before_relu(model: nn.Module, # any network
                 images: Tensor,   # some images
                ) -> str: # the input of the ReLU that ends the stage; or `tap` itself
     "The tap of a stage's values before its ReLU."
-    # ':input': none is met
     names = [name for name, m in resolve(model, tap).named_modules()
              if isinstance(m, (nn.ReLU, nn.ReLU6))]
-    last = '.'.join(filter(None, (tap, names[-1]))) if names and not {*':@'} & {*tap} else tap
+    last = tap
+    if names and not {*':@'} & {*tap}:  # none is met before an ':input'
+        last = '.'.join(filter(None, (tap, names[-1])))
     with evaluating(model):
         with capture(model, tap) as maps: model(images)
         if (maps[tap] < 0).any(): return tap
         if last != tap and _gives(model, last, images, maps[tap]): return f'{last}:input'
-    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the '
-                     'output of a ReLU that has a name and is called once; '
-                     "tap a module before the ReLU, such as its batch norm, or the ReLU's ':input'")
+    raise ValueError(f'tap {tap!r}: no value of this map is negative, and it is not the output '
+                     'of a ReLU that has a name and is called once; tap a module before the ReLU, '
+                     "such as its batch norm, or the ReLU's ':input'")
 
 def _gives(model, relu: str, images, expected: Tensor) -> bool:
     try:
@@ -62,9 +63,10 @@ def connector(student: tuple, # (channels, (h, w)) of the student's map, as `Set
     elif tuple(a * r for a, r in zip(t, down)) == s:
         conv = nn.Conv2d(c_s, c_t, [2 * r - 1 for r in down], down, [r - 1 for r in down],
                          bias=False)
-    else: raise ValueError(f"ab: found maps of {s[0]} x {s[1]} places in the student and {t[0]} x "
-                           f"{t[1]} in the teacher; "
-                           'expected one size to be a multiple of the other: pair other stages')
+    else:
+        raise ValueError(f'ab: found maps of {s[0]} x {s[1]} places in the student and '
+                         f'{t[0]} x {t[1]} in the teacher; expected one size to be a multiple '
+                         'of the other: pair other stages')
     return nn.Sequential(conv, nn.BatchNorm2d(c_t))
 
 # %% ../../nbs/baselines/ab.ipynb #c94b1904
@@ -108,8 +110,8 @@ def ab(setup: Setup,               # what it is built for
     "Activation boundaries (Heo et al., 2019); cross-entropy should start where `alone` ends."
     images = setup.first[0][:2]
     sides = (('student', setup.student), ('teacher', setup.teacher))
-    taps = [[before_relu(model, tap, images) for tap in side] for (_, model),
-            side in zip(sides, split_pairs(boundaries))]
+    taps = [[before_relu(model, tap, images) for tap in side]
+            for (_, model), side in zip(sides, split_pairs(boundaries))]
     shapes = [[setup.shape(name, tap) for tap in side] for (name, _), side in zip(sides, taps)]
     connectors = [connector(s, t) for s, t in zip(*shapes)]
     return [ActivationBoundary(tuple(zip(*taps)), connectors, alone, margin, ab_weight)]

@@ -20,11 +20,11 @@ STAGES = tuple((f'layer{i}', f'layer{i}') for i in (1, 2, 3))
 def split_pairs(stages: tuple # of pairs (student's tap, teacher's tap)
                ) -> tuple:    # (student's taps, teacher's taps)
     "What a `Term` declares, from pairs of taps."
-    if not isinstance(stages, str) and len(stages) and all(not isinstance(s, str) and len(s) == 2
-                                                           for s in stages):
+    is_pair = lambda s: not isinstance(s, str) and len(s) == 2
+    if not isinstance(stages, str) and len(stages) and all(map(is_pair, stages)):
         return tuple(zip(*stages))
-    raise ValueError(f"stages: found {stages!r}; expected pairs of taps, such as (('layer1', "
-                     f"'layer1'), ('layer2', 'block2'))")
+    raise ValueError(f'stages: found {stages!r}; expected pairs of taps, such as '
+                     "(('layer1', 'layer1'), ('layer2', 'block2'))")
 
 # %% ../../nbs/baselines/at.ipynb #308b9233
 def paired_rows(a: Tensor,  # map B x C x H x W, or tokens B x N x C

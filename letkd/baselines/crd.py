@@ -46,8 +46,8 @@ class Bank(nn.Module):
                  momentum: float = .5,    # m
                 ):
         super().__init__()
-        # rows of about length 1
-        self.temperature, self.momentum, bound = temperature, momentum, (3 / dims)**.5
+        self.temperature, self.momentum = temperature, momentum
+        bound = (3 / dims)**.5  # rows of about length 1
         self.register_buffer('known', torch.empty(places, dims).uniform_(-bound, bound))
         self.register_buffer('log_z', torch.tensor(torch.nan))
 
@@ -82,8 +82,8 @@ class Others(nn.Module):
         if (count > 0).sum() < 2:
             raise ValueError(f'Others: found {len(labels)} images of one class; expected two '
                              'classes or more')
-        for name, x in dict(order=labels.argsort(stable=True), first=count.cumsum(0) - count,
-                            count=count).items():
+        found = dict(order=labels.argsort(stable=True), first=count.cumsum(0) - count, count=count)
+        for name, x in found.items():
             self.register_buffer(name, x, persistent=False)  # the data's, not the training's
 
     def forward(self,
@@ -95,24 +95,27 @@ class Others(nn.Module):
         return self.order[place + count * (place >= first)]
 
 # %% ../../nbs/baselines/crd.ipynb #23e25e26
-def _check_in_order(batches: Iterable, first: Tensor):
-    # the images of the first batch, of a pass before
+def _check_in_order(batches: Iterable,
+                    first: Tensor, # the images of the first batch, of a pass before
+                   ):
     "Another pass begins with the same images."
     if unpack(next(iter(batches)))[0].equal(first): return
-    raise ValueError('batches: found other images at the start of another pass and no index, so '
-                     'nobody knows which image is which; '
-                     'expected (images, labels, index), or a loader that neither shuffles nor '
-                     'augments')
+    raise ValueError('batches: found other images at the start of another pass and no index, '
+                     'so nobody knows which image is which; expected (images, labels, index), '
+                     'or a loader that neither shuffles nor augments')
 
 def training_labels(batches: Iterable # of (images, labels) or (images, labels, index)
                    ) -> Tensor:       # N
     "The label of each training image, in the order of their index."
     first, labels, index = None, [], []
     for images, y, places in map(unpack, batches):
-        labels.append(one_class(y)); index.append(places)
+        labels.append(one_class(y))
+        index.append(places)
         if first is None: first = images
     labels = torch.cat(labels)
-    if index[0] is None: _check_in_order(batches, first); return labels
+    if index[0] is None:
+        _check_in_order(batches, first)
+        return labels
     index = torch.cat(index)
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(order), device=order.device)):
@@ -139,8 +142,8 @@ class Contrast(Term):
         self.embed_s, self.embed_t = (nn.Linear(c, dims) for c in channels)
         self.bank_s, self.bank_t = (Bank(len(labels), dims, temperature, momentum)
                                     for _ in range(2))
-        self.others, self.num_negatives, self.step = (Others(labels), num_negatives,
-                                                      torch.randint(2**31, ()).item())
+        self.others, self.num_negatives = Others(labels), num_negatives
+        self.step = torch.randint(2**31, ()).item()
 
     def get_extra_state(self) -> int: return self.step
     def set_extra_state(self, state: int): self.step = state
@@ -153,8 +156,8 @@ def picks(self: Contrast, batch: Batch
     if batch.index is None:
         raise ValueError('crd: found a batch without index; expected the place of each '
                          'image in the training set')
-    generator, everyone = (torch.Generator(batch.labels.device).manual_seed(self.step),
-                           _from_all(batch.index).sort().values)
+    generator = torch.Generator(batch.labels.device).manual_seed(self.step)
+    everyone = _from_all(batch.index).sort().values
     u = torch.rand(len(everyone), self.num_negatives, generator=generator, device=generator.device,
                    dtype=torch.float64)
     rank = torch.searchsorted(everyone, batch.index)
@@ -183,8 +186,8 @@ def crd(setup: Setup, # what it is built for; its penultimate maps are pooled an
        ) -> list:                     # of terms
     """Contrastive representation distillation; all defaults are those of the paper's experiments
     (Tian et al., 2020)."""
-    channels = [setup.shape(side, tap)[0] for side,
-                tap in zip(('student', 'teacher'), setup.penultimate)]
+    channels = [setup.shape(side, tap)[0]
+                for side, tap in zip(('student', 'teacher'), setup.penultimate)]
     labels = training_labels(setup.batches)
     return [Contrast(*setup.penultimate, channels, labels, num_negatives, crd_temperature,
                      crd_momentum, embedding_dims, crd_weight)]

@@ -51,7 +51,8 @@ class Hint(Term):
     def guess(self, s: Tensor, t: Tensor
              ) -> tuple: # maps or tokens; (r(x_s), x_t), maps of one size
         "The regressor's guess and the hint."
-        grids, resizes = (grid_of(s), grid_of(t)), self.regressor[0].stride != (1, 1)
+        grids = grid_of(s), grid_of(t)
+        resizes = self.regressor[0].stride != (1, 1)
         if not resizes: grids = (tuple(map(min, *grids)),) * 2
         s, t = map(as_map, (s, t), grids)
         return precise(self.regressor(s)), precise(t)
@@ -71,8 +72,8 @@ def fitnet(setup: Setup,                        # what it is built for
            hint: tuple = ('layer2', 'layer2'),
            fitnet_weight: float = 100.,         # as in RepDistiller
           ) -> list:                            # of terms
-    """A hint in the middle of the network, beside cross-entropy from the start (Romero et al.,
-    2015)."""
+    """A hint in the middle of the network, beside cross-entropy from the start
+    (Romero et al., 2015)."""
     return [_hint(setup, hint, fitnet_weight)]
 
 # %% ../../nbs/baselines/fitnet.ipynb #f0b67eec

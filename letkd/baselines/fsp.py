@@ -48,8 +48,8 @@ class Flow(Term):
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         if self.silent(batch): return precise(maps.student_logits).new_zeros(())
-        s, t = ([x[tap] for tap in taps] for x, taps in ((maps.student, self.student_taps),
-                                                         (maps.teacher, self.teacher_taps)))
+        s = [maps.student[tap] for tap in self.student_taps]
+        t = [maps.teacher[tap] for tap in self.teacher_taps]
         flows = zip(map(flow, s, s[1:]), map(flow, t, t[1:]))
         return sum((ours - theirs).square().mean() for ours, theirs in flows)
 
@@ -66,8 +66,7 @@ def fsp(setup: Setup,                                # what it is built for
     widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
               for pair in map(tuple, stages)}
     if unequal := {pair: width for pair, width in widths.items() if width[0] != width[1]}:
-        raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; flow '
-                         'matrices can be compared '
-                         'only where they are equal: choose a student of the same width, or '
-                         'another method')
+        raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; '
+                         'flow matrices can be compared only where they are equal: '
+                         'choose a student of the same width, or another method')
     return [Flow(stages, alone, fsp_weight)]

@@ -27,11 +27,11 @@ class Projector(nn.Sequential):
                  s: tuple,    # (h, w) of the student's map
                  t: tuple,    # (h, w) of the teacher's map
                 ):
-        grid, block = tuple(map(min, s, t)), lambda i, o, size: [nn.Conv2d(i, o, size,
-                                                                           padding=size // 2,
-                                                                           bias=False),
-                                                                nn.BatchNorm2d(o), nn.ReLU()]
+        grid = tuple(map(min, s, t))
         pool = [nn.AdaptiveAvgPool2d(grid)] if grid != tuple(s) else []
+        def block(i, o, size):
+            conv = nn.Conv2d(i, o, size, padding=size // 2, bias=False)
+            return [conv, nn.BatchNorm2d(o), nn.ReLU()]
         super().__init__(*pool, *block(c_s, c_t // 2, 1), *block(c_t // 2, c_t // 2, 3),
                          *block(c_t // 2, c_t, 1))
 
@@ -44,8 +44,8 @@ def mean_classifier(model: nn.Module, # any classifier
     "The path of the linear layer that turns the mean of the map at the tap into the logits."
     path = ([None] + [path for path, m in model.named_modules() if isinstance(m, nn.Linear)])[-1]
     if path is None:
-        raise ValueError(f'simkd: found no nn.Linear in {type(model).__name__}; expected one that '
-                         'gives the logits')
+        raise ValueError(f'simkd: found no nn.Linear in {type(model).__name__}; '
+                         'expected one that gives the logits')
     with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps:
         logits = logits_of(model(images), tap, output)
     mean, read = rows(maps[tap], (1, 1)), maps[f'{path}:input']
@@ -53,9 +53,8 @@ def mean_classifier(model: nn.Module, # any classifier
             and torch.allclose(mean, read, rtol=1e-3, atol=1e-4))
     if fits: return path
     raise ValueError(f'simkd: {type(model).__name__} has logits that are not {path!r} of the mean '
-                     f'of the map at {tap!r}. The teacher\'s '
-                     'classifier can be reused only there: tap the map behind the last ReLU, of '
-                     'networks that average it')
+                     f"of the map at {tap!r}. The teacher's classifier can be reused only there: "
+                     'tap the map behind the last ReLU, of networks that average it')
 
 # %% ../../nbs/baselines/simkd.ipynb #743b8ba5
 def behind(model: nn.Module, # any network
@@ -66,8 +65,8 @@ def behind(model: nn.Module, # any network
     "What runs between the end of a stage and the end of the last map."
     if stage == last: return []
     order, modules = [], dict(model.named_modules())
-    handles = [m.register_forward_hook(lambda *_, path=path: order.append(path)) for path,
-               m in modules.items()]
+    handles = [m.register_forward_hook(lambda *_, path=path: order.append(path))
+               for path, m in modules.items()]
     with evaluating(model): model(images)
     for handle in handles: handle.remove()
     if {stage, last} <= {*order} and order.index(stage) < order.index(last):
@@ -83,18 +82,16 @@ def dropped(model: nn.Module,   # any network
             stage: str,         # tap of its last stage
             images: Tensor,     # some images
            ) -> dict:           # {path: what takes its place}
-    """Identities for what is behind a stage; an error where the stage is not what would be averaged
-    without it."""
+    """Identities for what is behind a stage; an error where the stage is not what would be
+    averaged without it."""
     bare, found = copy.deepcopy(model), {path: nn.Identity() for path in paths}
     for path in (*found, classifier): replace(bare, path, nn.Identity())
     with evaluating(bare), capture(bare, stage) as maps: mean = bare(images)
-    if (expected := rows(maps[stage],
-                         (1, 1))).shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3,
-                                                                         atol=1e-4):
-        return found
+    expected = rows(maps[stage], (1, 1))
+    fits = expected.shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3, atol=1e-4)
+    if fits: return found
     raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map at '
-                     f'{stage!r}; '
-                     "give `last` another tap, or '' for the penultimate map")
+                     f"{stage!r}; give `last` another tap, or '' for the penultimate map")
 
 # %% ../../nbs/baselines/simkd.ipynb #37441700
 class ReusedClassifier(Term):
@@ -124,7 +121,8 @@ def simkd(setup: Setup,             # what it is built for
     """The teacher's classifier reused; stands alone, with weight 0 for cross-entropy, as in the
     paper (Chen et al., 2022)."""
     images, taps = setup.first[0][:2], setup.penultimate
-    (penultimate, *_), (t, c_t, grid_t) = map(setup.place, ('student', 'teacher'), taps)
+    penultimate, *_ = setup.place('student', taps[0])
+    t, c_t, grid_t = setup.place('teacher', taps[1])
     ours, theirs = (mean_classifier(model, tap, images, setup.output)
                     for model, tap in ((setup.student, penultimate), (setup.teacher, t)))
     reused = copy.deepcopy(resolve(setup.teacher, theirs)).requires_grad_(False)
@@ -134,5 +132,5 @@ def simkd(setup: Setup,             # what it is built for
     s, c_s, grid_s = setup.place('student', last[0] or taps[0])
     after = behind(setup.student, last[0] or taps[0], taps[0], images)
     lost = dropped(setup.student, after, ours, s, images) if after else {}
-    return [ReusedClassifier(s, t, Projector(c_s, c_t, grid_s, grid_t), {**lost, ours: reused},
-                             simkd_weight)]
+    projector = Projector(c_s, c_t, grid_s, grid_t)
+    return [ReusedClassifier(s, t, projector, {**lost, ours: reused}, simkd_weight)]

@@ -27,7 +27,8 @@ class SimilarityPreserving(Term):
                  student_tap: str = 'layer3', # of the last feature map
                  teacher_tap: str = 'layer3', # the same in the teacher
                  weight: float = 3000.,       # factor in the total loss
-                ): super().__init__('sp', weight, [student_tap], [teacher_tap])
+                ):
+        super().__init__('sp', weight, [student_tap], [teacher_tap])
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         (tap_s,), (tap_t,) = self.student_taps, self.teacher_taps

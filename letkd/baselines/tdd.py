@@ -26,8 +26,8 @@ from ..taps import rows, stream
 def merge(means: np.ndarray # Y x C
          ) -> tuple: # ((Y-1) x 2 nodes that are joined, Y-1 heights), in the order of the mergers
     "Ward's tree of the classes (equation 1), by scikit-learn."
-    fitted = AgglomerativeClustering(n_clusters=None, distance_threshold=0.,
-                                     linkage='ward').fit(means)
+    ward = AgglomerativeClustering(n_clusters=None, distance_threshold=0., linkage='ward')
+    fitted = ward.fit(means)
     return fitted.children_, fitted.distances_
 
 # %% ../../nbs/baselines/tdd.ipynb #bbac74f2
@@ -56,15 +56,15 @@ def accuracies(rows: np.ndarray,   # N x C
                nodes: list,        # of lists of classes
                neighbours: int = 20, # k
               ) -> np.ndarray:     # one for each node
-    """The share of a node's classes around its centre (equation 3), by scikit-learn's nearest
-    neighbours."""
+    """The share of a node's classes around its centre (equation 3), by scikit-learn's
+    nearest neighbours."""
     known = KNeighborsClassifier(min(neighbours, len(rows))).fit(rows, labels)
     shares = known.predict_proba(centres)
-    return np.array([share[np.isin(known.classes_, n)].sum() for share,
-                     n in zip(shares, nodes, strict=True)])
+    return np.array([share[np.isin(known.classes_, n)].sum()
+                     for share, n in zip(shares, nodes, strict=True)])
 
 # %% ../../nbs/baselines/tdd.ipynb #bef08e81
-def coarse_nodes(joined,           # (Y-1) x 2
+def coarse_nodes(joined,             # (Y-1) x 2
                  accuracy,           # of the 2Y-1 nodes
                  threshold: float = .2, # a node below it is not divided
                 ) -> list: # of nodes that share the classes out among them, by their first class
@@ -93,8 +93,9 @@ class DecisionTree(Supervision):
         self.memory, self.seed = memory, seed
 
     @property
-    def num_templates(self) -> int:
-        self._fitted(); return int(self.coarse.max()) + 1 # coarse classes
+    def num_templates(self) -> int: # coarse classes
+        self._fitted()
+        return int(self.coarse.max()) + 1
     def extra_repr(self) -> str:
         return (f'neighbours={self.neighbours}, threshold={self.threshold:g}, '
                 f'by_classes={self.by_classes}')
@@ -119,8 +120,8 @@ def fit(self: DecisionTree,
         stream: Iterable, # of (rows, labels), one row for each image; read once
        ):
     "Grow the tree from the teacher's embeddings; returns self."
-    x, y = (t.numpy() for t in sample(checked(stream, True, progress='embeddings'), self.memory,
-                                      self.seed))
+    pieces = checked(stream, True, progress='embeddings')
+    x, y = (t.numpy() for t in sample(pieces, self.memory, self.seed))
     x = x.astype(np.float64)
     means = _class_means(x, y)
     joined, heights = merge(means)
@@ -128,8 +129,8 @@ def fit(self: DecisionTree,
     accuracy = accuracies(x, y, centres(means, joined, self.by_classes), nodes, self.neighbours)
     coarse = np.empty(len(means), np.int64)
     for i, n in enumerate(coarse_nodes(joined, accuracy, self.threshold)): coarse[nodes[n]] = i
-    self.joined, self.coarse = (torch.from_numpy(np.ascontiguousarray(joined)),
-                                torch.from_numpy(coarse))
+    self.joined = torch.from_numpy(np.ascontiguousarray(joined))
+    self.coarse = torch.from_numpy(coarse)
     self.heights, self.accuracy = (torch.from_numpy(a).float() for a in (heights, accuracy))
     return self
 
@@ -145,8 +146,8 @@ class TreeDecisions(Term):
                 ):
         super().__init__('tdd', weight, student_taps, teacher=False)
         self.trees = nn.ModuleList(trees)
-        self.deciders = nn.ModuleList(nn.Linear(c, tree.num_templates) for c,
-                                      tree in zip(channels, trees))
+        self.deciders = nn.ModuleList(nn.Linear(c, tree.num_templates)
+                                      for c, tree in zip(channels, trees))
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         loss = 0.
@@ -168,9 +169,10 @@ def tdd(setup: Setup,                # what it is built for
     """Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of
     the authors' CIFAR-10 example (Song et al., 2021)."""
     ours, theirs = split_pairs(stages)
-    fit = lambda tap: setup.fit(DecisionTree(neighbours, threshold, by_classes),
-                                stream(setup.teacher, tap, setup.batches, (1, 1)))
-    channels, _ = ([setup.shape(side, tap)[0] for tap in taps] for side,
-                   taps in (('student', ours), ('teacher', theirs)))
-    return [KD(tdd_kd_weight, temperature), TreeDecisions(ours, channels,
-                                                          [fit(tap) for tap in theirs], tdd_weight)]
+    channels, _ = ([setup.shape(side, tap)[0] for tap in taps]
+                   for side, taps in (('student', ours), ('teacher', theirs)))
+    def tree(tap):
+        embeddings = stream(setup.teacher, tap, setup.batches, (1, 1))
+        return setup.fit(DecisionTree(neighbours, threshold, by_classes), embeddings)
+    return [KD(tdd_kd_weight, temperature),
+            TreeDecisions(ours, channels, [tree(tap) for tap in theirs], tdd_weight)]

@@ -26,21 +26,21 @@ class Predictor(nn.Module):
                  eps: float = 1e-5,      # the smallest variance
                 ):
         super().__init__()
-        widths, self.eps = (student_channels, teacher_channels, teacher_channels,
-                            teacher_channels), eps
+        self.eps = eps
+        widths = (student_channels, *3 * (teacher_channels,))
         first, *others = (nn.Linear(i, o, bias=False) for i, o in zip(widths, widths[1:]))
-        self.mean = nn.Sequential(first, *(layer for other in others
-                                           for layer in (nn.ReLU(), other)))
-        self.raw = nn.Parameter(torch.full((teacher_channels,),
-                                           math.log(math.expm1(variance - eps))))
+        behind = [layer for other in others for layer in (nn.ReLU(), other)]
+        self.mean = nn.Sequential(first, *behind)
+        start = math.log(math.expm1(variance - eps))
+        self.raw = nn.Parameter(torch.full((teacher_channels,), start))
 
     @property
     def variance(self) -> Tensor: return F.softplus(precise(self.raw)) + self.eps # v, C_t
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor: # N x C_s and N x C_t; N x C_t
         "Negative log-likelihood without its constant (equation 2)."
-        return ((precise(t) - precise(self.mean(s))).square() / self.variance
-                + self.variance.log()) / 2
+        error = (precise(t) - precise(self.mean(s))).square()
+        return (error / self.variance + self.variance.log()) / 2
 
 # %% ../../nbs/baselines/vid.ipynb #57ca3d1a
 class VariationalInformation(Term):
@@ -55,8 +55,8 @@ class VariationalInformation(Term):
         self.predictors = nn.ModuleList(predictors)
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        pairs = ((maps.student[s], maps.teacher[t]) for s,
-                 t in zip(self.student_taps, self.teacher_taps))
+        pairs = ((maps.student[s], maps.teacher[t])
+                 for s, t in zip(self.student_taps, self.teacher_taps))
         return sum(q(*paired_rows(s, t)).mean() for q, (s, t) in zip(self.predictors, pairs))
 
 # %% ../../nbs/baselines/vid.ipynb #40097352

@@ -37,8 +37,9 @@ class Images:
     @property
     def device(self): return self.images.device
 
-    def _map(self, f): return replace(self, images=f(self.images), labels=f(self.labels),
-                                      parts=None if self.parts is None else f(self.parts))
+    def _map(self, f):
+        return replace(self, images=f(self.images), labels=f(self.labels),
+                       parts=None if self.parts is None else f(self.parts))
 
     def to(self, device): return self._map(lambda t: t.to(device))
 
@@ -89,8 +90,8 @@ def _rank(labels):
     "How many images of the same class come before each: int64, N."
     order, count = labels.argsort(stable=True), labels.bincount()
     first = count.cumsum(0) - count
-    return torch.empty_like(labels).scatter_(0, order,
-                                             torch.arange(len(labels)) - first[labels[order]])
+    rank = torch.arange(len(labels)) - first[labels[order]]
+    return torch.empty_like(labels).scatter_(0, order, rank)
 
 def in_turn(labels,  # int64, N
            ):  # int64, N: a permutation
@@ -162,7 +163,8 @@ def statistics(pixels, # uint8, N x 3 x H x W
                      for c in range(3)]).double()
     v = torch.arange(256).double() / 255
     mean = (h @ v) / h.sum(1)
-    return tuple(mean.tolist()), tuple(((h @ v**2) / h.sum(1) - mean**2).sqrt().tolist())
+    std = ((h @ v**2) / h.sum(1) - mean**2).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 # %% ../../nbs/data/batches.ipynb #a26231c9
 PADDINGS = ('reflect', 'zeros')
@@ -213,12 +215,11 @@ def crop(pixels,  # B x C x H x W, any type
         ):  # B x C x H x W
     "Every image's own crop of its padded self, for a whole batch at once."
     b, c, h, w = pixels.shape
-    index = (_reflect(dy, h)[:, :, None] * w
-             + _reflect(dx, w, flip)[:, None, :]).reshape(b, 1, h * w)
-    moved = pixels.reshape(b, c, h * w).gather(2, index.expand(b, c, h * w)).view(b, c, h, w)
-    return (moved if mode == 'reflect'
-            else moved * (_inside(dy, h)[:, None, :,
-                                         None] & _inside(dx, w, flip)[:, None, None, :]))
+    index = _reflect(dy, h)[:, :, None] * w + _reflect(dx, w, flip)[:, None, :]
+    index = index.reshape(b, 1, h * w).expand(b, c, h * w)
+    moved = pixels.reshape(b, c, h * w).gather(2, index).view(b, c, h, w)
+    if mode == 'reflect': return moved
+    return moved * (_inside(dy, h)[:, None, :, None] & _inside(dx, w, flip)[:, None, None, :])
 
 # %% ../../nbs/data/batches.ipynb #3d6297eb
 def rotate(pixels,  # B x C x H x W, any type
@@ -237,8 +238,8 @@ def rotate(pixels,  # B x C x H x W, any type
 
 # %% ../../nbs/data/batches.ipynb #c0937ddc
 class Resumable:
-    """What all kinds of batches share: what was asked for, checked, and where an epoch stands, as
-    three integers."""
+    """What all kinds of batches share: what was asked for, checked, and where an epoch
+    stands, as three integers."""
     def __init__(self,
                  images,  # what has a length and moves by `to`
                  batch_size,  # images in a batch
@@ -259,16 +260,16 @@ class Resumable:
             raise ValueError(f'batch_size: found {batch_size} for {share[1]} processes; expected a '
                              f'multiple of {share[1]}, so that each has as many images')
         self.images = images if device is None else images.to(device)
-        self.batch_size, self.augment, self.shuffle, self.drop_last = (int(batch_size), augment,
-                                                                       shuffle, drop_last)
-        self.seed, self.epoch, self.position, self.share, self._resume = seed, 0, 0, share, False
+        self.batch_size, self.augment = int(batch_size), augment
+        self.shuffle, self.drop_last, self.share = shuffle, drop_last, share
+        self.seed, self.epoch, self.position, self._resume = seed, 0, 0, False
 
     def __len__(self): return -(-self._count // self.batch_size)
 
     @property
     def _count(self):
-        return (len(self.images) // self.batch_size * self.batch_size if self.drop_last
-                else len(self.images))
+        n = len(self.images)
+        return n // self.batch_size * self.batch_size if self.drop_last else n
 
 # %% ../../nbs/data/batches.ipynb #ba7c5e01
 @patch
@@ -299,8 +300,8 @@ def passed(self: Resumable,
 # %% ../../nbs/data/batches.ipynb #2b8fdd47
 @patch
 def state_dict(self: Resumable):
-    """Where this run stands, as three integers: plain data, whatever the device and the number of
-    workers."""
+    """Where this run stands, as three integers: plain data, whatever the device and the
+    number of workers."""
     return dict(seed=self.seed, epoch=self.epoch, position=self.position)
 
 @patch
@@ -310,15 +311,14 @@ def load_state_dict(self: Resumable,
     "Go on from `state`: the next `iter` yields the batches that were still to come."
     if not 0 <= state['position'] < len(self):
         raise ValueError(f"the state stands at batch {state['position']}, an epoch has "
-                         f"{len(self)}: "
-                         f"other data or batch size?")
-    self.seed, self.epoch, self.position, self._resume = (state['seed'], state['epoch'],
-                                                          state['position'], True)
+                         f"{len(self)}: other data or batch size?")
+    self.seed, self.epoch, self.position = state['seed'], state['epoch'], state['position']
+    self._resume = True
 
 # %% ../../nbs/data/batches.ipynb #e557498e
 class Batches(Resumable):
-    """Augmented, normalised batches `(images, labels, index)` of an `Images`, all made on its
-    device; iterate as often as you like."""
+    """Augmented, normalised batches `(images, labels, index)` of an `Images`, all made on
+    its device; iterate as often as you like."""
     def __init__(self,
                  images,  # an `Images`
                  batch_size,  # images in a batch
@@ -336,8 +336,8 @@ class Batches(Resumable):
 # %% ../../nbs/data/batches.ipynb #29d9ed9b
 @patch
 def _plan(self: Batches, epoch):
-    """Order, vertical and horizontal shifts, flips and angles of an epoch, on the device. All but
-    the order belong to places in it."""
+    """Order, vertical and horizontal shifts, flips and angles of an epoch, on the device.
+    All but the order belong to places in it."""
     n, dev = len(self.images), self.images.device
     words = np.random.SeedSequence((self.seed, epoch)).generate_state(2, np.uint32)
     order, motion = (torch.Generator().manual_seed(int(w)) for w in words)
@@ -361,6 +361,6 @@ def __iter__(self: Batches):
         pixels = self.images.images[pick]
         if angle is not None: pixels = rotate(pixels, angle[s])
         if self.augment:
-            pixels = crop(pixels, dy[s], dx[s], None if flip is None else flip[s],
-                          self.augment.mode)
+            flipped = None if flip is None else flip[s]
+            pixels = crop(pixels, dy[s], dx[s], flipped, self.augment.mode)
         yield normalise(pixels, self.images), self.images.labels[pick], pick

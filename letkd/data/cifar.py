@@ -65,20 +65,21 @@ def _files(about: Cifar, wanted: tuple, root) -> tuple: # (where they are, {name
     "The wanted files, of the folder or else of the archive, which is downloaded if it is missing."
     place = data_root(root)/about.folder
     if not place.is_dir(): place = _archive(about, root)
-    found = {name.split('/')[-1]: data for name,
-             data in contents(place, lambda n: n.split('/')[-1] in wanted)}
+    found = {name.split('/')[-1]: data
+             for name, data in contents(place, lambda n: n.split('/')[-1] in wanted)}
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f'{place}: holds no {", ".join(missing)}; expected the files of '
-                         f'{about.archive}')
+        raise ValueError(f'{place}: holds no {", ".join(missing)}; '
+                         f'expected the files of {about.archive}')
     return place, found
 
 def _archive(about: Cifar, root) -> Path:
     try: return fetch(about.url, about.size, about.md5, root)
     except ConnectionError as e:
-        python = [p.name for p in data_root(root).glob(f'{about.name.lower()}-*') if 'py' in p.name
-                  or p.suffix == '.gz']
-        found = (f' Found {python[0]} there, which holds pickles, and a pickle is a program.'
-                 if python else '')
+        python = [p.name for p in data_root(root).glob(f'{about.name.lower()}-*')
+                  if 'py' in p.name or p.suffix == '.gz']
+        found = ''
+        if python:
+            found = f' Found {python[0]} there, which holds pickles, and a pickle is a program.'
         raise ConnectionError(f'{e}, or unpack it there as {about.folder}/.{found}') from None
 
 # %% ../../nbs/data/cifar.ipynb #75ec7564
@@ -94,9 +95,8 @@ def _check_split(split: str, held_out: int, about: Cifar):
     if split not in (known := ('train', 'valid', 'test')):
         raise ValueError(f'split: found {split!r}; expected one of {", ".join(known)}')
     if split == 'valid' and not held_out:
-        raise ValueError(f'{about.name} has no validation split: hold out training images of '
-                         'each class, '
-                         "such as held_out=50, with 'train' and 'valid' alike")
+        raise ValueError(f'{about.name} has no validation split: hold out training images of each '
+                         "class, such as held_out=50, with 'train' and 'valid' alike")
 
 def _read(about: Cifar, split: str, size: Optional[int], root, held_out: int) -> Images:
     _check_split(split, held_out, about)

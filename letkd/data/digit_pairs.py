@@ -19,19 +19,19 @@ from .batches import Images
 
 # %% ../../nbs/data/digit_pairs.ipynb #2bc6f98b
 def _raw(seed, stream, start, stop, width):
-    """Rows `start .. stop` of an endless table of 64-bit random words, `width` words a row: Philox
-    in counter mode."""
+    """Rows `start .. stop` of an endless table of 64-bit random words, `width` words a row:
+    Philox in counter mode."""
     blocks = -(-width // 4)  # the generator makes four words at each count
-    key, counter = np.array([seed, stream], np.uint64), np.array([start * blocks, 0, 0, 0],
-                                                                 np.uint64)
+    key = np.array([seed, stream], np.uint64)
+    counter = np.array([start * blocks, 0, 0, 0], np.uint64)
     table = np.random.Philox(key=key, counter=counter).random_raw((stop - start) * blocks * 4)
     return table.reshape(stop - start, blocks * 4)[:, :width]
 
 def _columns(seed, stream, start, stop, width):
     "The same table as `width` columns of 32-bit words."
     raw = _raw(seed, stream, start, stop, -(-width // 2))
-    return np.stack([raw & np.uint64(0xffffffff), raw >> np.uint64(32)],
-                    2).reshape(stop - start, -1)[:, :width].T
+    halves = np.stack([raw & np.uint64(0xffffffff), raw >> np.uint64(32)], 2)
+    return halves.reshape(stop - start, -1)[:, :width].T
 
 # %% ../../nbs/data/digit_pairs.ipynb #f0fecd86
 def _between(u, lo, hi):
@@ -44,11 +44,12 @@ SPLITS = ('train', 'valid', 'test')
 
 @lru_cache
 def source_digits():
-    """The handwriting: pixels n x 8 x 8 (0 .. 16), digits n, and the split of each (place in
-    `SPLITS`)."""
+    """The handwriting: pixels n x 8 x 8 (0 .. 16), digits n, and the split of each
+    (place in `SPLITS`)."""
     data = load_digits()
     pixels, digits = data.images.astype(np.uint8), data.target.astype(np.int64)
-    split, keys = np.zeros(len(digits), np.int64), _columns(0, 1000, 0, len(digits), 1)[0]
+    split = np.zeros(len(digits), np.int64)
+    keys = _columns(0, 1000, 0, len(digits), 1)[0]
     for d in range(10):
         dealt = np.flatnonzero(digits == d)
         dealt, n = dealt[np.argsort(keys[dealt], kind='stable')], len(dealt)
@@ -74,16 +75,15 @@ def _as_published(images):
     found = tuple(hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest()[:16]
                   for p in images)
     if found != PHOTOS:
-        warnings.warn(f'the decoded photos have hashes {found}, the published ones {PHOTOS}: this '
-                      'JPEG decoder differs. '
-                      'Labels and parts are the same, pixels differ slightly from the published '
-                      'DigitPairs.')
+        warnings.warn(f'the decoded photos have hashes {found}, the published ones {PHOTOS}: '
+                      'this JPEG decoder differs. Labels and parts are the same, pixels differ '
+                      'slightly from the published DigitPairs.')
     return found == PHOTOS
 
 @lru_cache
 def photos():
-    """Integral images of the two photos, 2 x 428 x 641 x 3, int32; and whether their pixels are the
-    published ones."""
+    """Integral images of the two photos, 2 x 428 x 641 x 3, int32; and whether their pixels
+    are the published ones."""
     images = load_sample_images().images
     sums = np.stack([np.pad(p.astype(np.int32), ((1, 0), (1, 0), (0, 0))) for p in images])
     sums = sums.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32)
@@ -157,11 +157,11 @@ def source_coordinates(x, y,  # N each: the centre of the digit's box, in UNITs
 # %% ../../nbs/data/digit_pairs.ipynb #51c202d2
 @lru_cache
 def _packed():
-    """The four source pixels around each of the 9 x 9 gaps of every digit, zeros outside, a byte
-    each: n * 81 words."""
+    """The four source pixels around each of the 9 x 9 gaps of every digit, zeros outside,
+    a byte each: n * 81 words."""
     p = np.pad(source_digits()[0], ((0, 0), (1, 1), (1, 1))).astype(np.int32)
-    return (p[:, :-1, :-1] | p[:, :-1, 1:] << 8 | p[:, 1:, :-1] << 16
-            | p[:, 1:, 1:] << 24).reshape(-1)
+    return (p[:, :-1, :-1] | p[:, :-1, 1:] << 8
+            | p[:, 1:, :-1] << 16 | p[:, 1:, 1:] << 24).reshape(-1)
 
 def ink(source,  # N: which source digit
         u, v,  # int32, N x R x R: from `source_coordinates`
@@ -190,10 +190,9 @@ def coverage(ink,  # int32, N x R x R, 0 .. 4096
 # %% ../../nbs/data/digit_pairs.ipynb #754b815b
 BACKGROUND, CLUTTER = 10, 11  # codes of a part that is no digit
 PARTS = (*'0123456789', 'background', 'clutter')  # names of the codes
-COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f',
-           '#bcbd22', '#17becf',
-           # to draw a map of parts: ten for the digits, white background, light grey clutter
-           '#ffffff', '#d5d5d5')
+# to draw a map of parts: ten for the digits, white background, light grey clutter
+COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b',
+           '#e377c2', '#7f7f7f', '#bcbd22', '#17becf', '#ffffff', '#d5d5d5')
 
 def paint(canvas,  # int32, N x 3 x R x R, changed in place
           owner,  # uint8, N x R x R, changed in place
@@ -215,8 +214,8 @@ def _pen(draw, base, d):
 
 # %% ../../nbs/data/digit_pairs.ipynb #c58087ac
 def _stroke(draw, digit, x, y, d, split, resolution):
-    """A random instance of `digit` near x, y: its coverage, and the source coordinates of every
-    pixel."""
+    """A random instance of `digit` near x, y: its coverage, and the source coordinates of
+    every pixel."""
     mine, begins = _pool(split)
     source = mine[draw(begins[digit], begins[digit + 1] - 1)]
     shift, vary, turn = d.scaled('place', 195), d.scaled('place', 265), d.scaled('rotation', 14)
@@ -229,44 +228,44 @@ def _stroke(draw, digit, x, y, d, split, resolution):
 def _fragment(draw, d, split, resolution):
     "A window of some digit's stroke, anywhere; at strength 1 there is none in 9 of 16 cases."
     cover, u, v = _stroke(draw, draw(0, 9), draw(300, 3796), draw(300, 3796), d, split, resolution)
-    half, cu, cv, there = (draw(256, 448), draw(-384, 384), draw(-640, 640),
-                           draw(0, 255) < d.scaled('clutter', 112))
+    half, cu, cv = draw(256, 448), draw(-384, 384), draw(-640, 640)
+    there = draw(0, 255) < d.scaled('clutter', 112)
     half, cu, cv, there = (t.astype(np.int32)[:, None, None] for t in (half, cu, cv, there))
     return cover * there * ((abs(u - cu) < half) & (abs(v - cv) < half))
 
 def _bar(draw, d, resolution):
-    """A straight bar with hard edges, a tenth to a quarter of the side long; at strength 1 there is
-    none in 9 of 16 cases."""
-    x, y, angle, length, width = (draw(700, 3396), draw(700, 3396), draw(-90, 90), draw(200, 500),
-                                  draw(60, 130))
+    """A straight bar with hard edges, a tenth to a quarter of the side long; at strength 1
+    there is none in 9 of 16 cases."""
+    x, y, angle = draw(700, 3396), draw(700, 3396), draw(-90, 90)
+    length, width = draw(200, 500), draw(60, 130)
     u, v = source_coordinates(x, y, np.full(len(x), UNIT), angle, resolution)  # half UNITs
     there = draw(0, 255) < d.scaled('occlusion', 112)
-    inside = (abs(u) < length[:, None, None]) & (abs(v) < width[:, None,
-                                                                None]) & there[:, None, None]
-    return inside * np.int32(256)
+    length, width, there = (t[:, None, None] for t in (length, width, there))
+    return ((abs(u) < length) & (abs(v) < width) & there) * np.int32(256)
 
 # %% ../../nbs/data/digit_pairs.ipynb #58706170
 def _layers(draw, labels, base, d, split, resolution):
-    """Yields (coverage, colour, owner) from back to front. Owners: 0 the left digit, 1 the right
-    one, or `CLUTTER`."""
+    """Yields (coverage, colour, owner) from back to front. Owners: 0 the left digit, 1 the
+    right one, or `CLUTTER`."""
     for _ in range(3): yield _fragment(draw, d, split, resolution), _pen(draw, base, d), CLUTTER
     below = draw(0, 1)  # the digit painted first: 0 the left one
     for side in (below, 1 - below):
-        digit, x = np.where(side == 0, labels // 10, labels % 10), np.where(side == 0, 1200, 2896)
+        digit = np.where(side == 0, labels // 10, labels % 10)
+        x = np.where(side == 0, 1200, 2896)
         cover, _, _ = _stroke(draw, digit, x, np.full(len(x), UNIT // 2), d, split, resolution)
         yield cover, _pen(draw, base, d), side
     yield _bar(draw, d, resolution), np.stack([draw(0, 255) for _ in range(3)], 1), CLUTTER
 
 # %% ../../nbs/data/digit_pairs.ipynb #d7a8968e
 def _noise(seed, stream, start, stop, resolution):
-    """Two random bytes less 255 at every pixel and channel: int32, N x 3 x R x R, mean 0, standard
-    deviation 104."""
+    """Two random bytes less 255 at every pixel and channel: int32, N x 3 x R x R, mean 0,
+    standard deviation 104."""
     count, low = 3 * resolution**2, np.uint64(0x00ff00ff00ff00ff)
     raw = _raw(seed, stream, start, stop, -(-count // 4))
     pairs = (raw & low) + (raw >> np.uint64(8) & low)  # four sums of 16 bits in each word
     lanes = np.stack([pairs >> np.uint64(16 * i) & np.uint64(0xffff) for i in range(4)], 2)
-    return lanes.reshape(stop - start, -1)[:, :count].reshape(-1, 3, resolution,
-                                                              resolution).astype(np.int32) - 255
+    sums = lanes.reshape(stop - start, -1)[:, :count].reshape(-1, 3, resolution, resolution)
+    return sums.astype(np.int32) - 255
 
 # %% ../../nbs/data/digit_pairs.ipynb #03bba559
 def _labels(seed, stream, start, stop):
@@ -279,8 +278,8 @@ def _labels(seed, stream, start, stop):
 def _begin(split, start, stop, resolution, d, seed):
     "The draw, labels, base colours and empty canvases of images `start .. stop`."
     stream = 4 * SPLITS.index(split)
-    labels, columns = (_labels(seed, stream, start, stop),
-                       iter(_columns(seed, stream + 1, start, stop, 128)))
+    labels = _labels(seed, stream, start, stop)
+    columns = iter(_columns(seed, stream + 1, start, stop, 128))
     draw = lambda lo, hi: _between(next(columns), lo, hi)
     side, photo = draw(64, 256), draw(0, 1)
     base = (draw(40, 215)[:, None] + np.stack([draw(-40, 40) for _ in range(3)], 1)).clip(0, 255)
@@ -303,10 +302,9 @@ def compose(split,  # a name in `SPLITS`
             seed=0,  # of everything random
            ):  # `Scenes`
     "Images `start .. stop` of a split, all at once."
-    d, stream, shape = (_difficulty(difficulty), 4 * SPLITS.index(split) + 2,
-                        (stop - start, resolution, resolution))
+    d, stream = _difficulty(difficulty), 4 * SPLITS.index(split) + 2
     draw, labels, base, canvas = _begin(split, start, stop, resolution, d, seed)
-    owner = np.full(shape, BACKGROUND, np.uint8)
+    owner = np.full((stop - start, resolution, resolution), BACKGROUND, np.uint8)
     for layer in _layers(draw, labels, base, d, split, resolution): paint(canvas, owner, *layer)
     gain = draw(0, d.scaled('noise', 42)).astype(np.int32)[:, None, None, None]
     canvas += _noise(seed, stream, start, stop, resolution) * gain >> 8
@@ -339,8 +337,9 @@ def _whole(name, value, lo, hi):
 # %% ../../nbs/data/digit_pairs.ipynb #e5fc6d44
 def _compose_all(split, size, resolution, difficulty, seed):
     "The first `size` images of a split as tensors: pixels, labels, parts."
-    step, pixels, parts = 2**17 // resolution**2, *(np.empty((size, *c, resolution, resolution),
-                                                             np.uint8) for c in ((3,), ()))
+    step = 2**17 // resolution**2
+    pixels = np.empty((size, 3, resolution, resolution), np.uint8)
+    parts = np.empty((size, resolution, resolution), np.uint8)
     labels = np.empty(size, np.int64)
     for start in range(0, size, step):
         s = slice(start, min(start + step, size))
@@ -351,13 +350,13 @@ def _compose_all(split, size, resolution, difficulty, seed):
 # %% ../../nbs/data/digit_pairs.ipynb #98eacc9b
 @lru_cache
 def _statistics(resolution, difficulty, seed, count=2000):
-    """Mean and standard deviation of each channel over the first training images, in units of full
-    intensity."""
-    x, n = _compose_all('train', count, resolution, difficulty,
-                        seed)[0].long(), count * resolution**2
-    mean, square = (t.sum((0, 2, 3)).tolist() for t in (x, x * x))
-    return tuple(m / n / 255 for m in mean), tuple(math.sqrt(q / n - (m / n)**2) / 255 for m,
-                                                   q in zip(mean, square))
+    """Mean and standard deviation of each channel over the first training images, in units
+    of full intensity."""
+    x = _compose_all('train', count, resolution, difficulty, seed)[0].long()
+    n = count * resolution**2
+    sums, squares = (t.sum((0, 2, 3)).tolist() for t in (x, x * x))
+    std = tuple(math.sqrt(q / n - (s / n)**2) / 255 for s, q in zip(sums, squares))
+    return tuple(s / n / 255 for s in sums), std
 
 # %% ../../nbs/data/digit_pairs.ipynb #47a6f5ba
 def digit_pairs(split,  # 'train', 'valid' or 'test'
@@ -383,8 +382,8 @@ def parts_at(parts,  # uint8, N x H x W: the true parts
              grid,  # (h, w): the feature map's, at most H x W
              min_share=.25,  # the share of a cell that a digit or clutter must cover to own it
             ):  # uint8, N x h x w
-    """The part of every cell of a feature map: the most frequent one besides background, if it
-    covers enough of the cell."""
+    """The part of every cell of a feature map: the most frequent one besides background, if
+    it covers enough of the cell."""
     if grid[0] > parts.shape[1] or grid[1] > parts.shape[2]:
         raise ValueError(f'the grid {tuple(grid)} is finer than the parts, '
                          f'{tuple(parts.shape[1:])}')
@@ -392,6 +391,6 @@ def parts_at(parts,  # uint8, N x H x W: the true parts
 
 def _parts_at(parts, grid, min_share):
     codes = torch.tensor([*range(10), CLUTTER], dtype=torch.uint8, device=parts.device)
-    share, which = torch.stack([F.adaptive_avg_pool2d((parts == c).float(), grid) for c in codes],
-                               1).max(1)
+    shares = [F.adaptive_avg_pool2d((parts == c).float(), grid) for c in codes]
+    share, which = torch.stack(shares, 1).max(1)
     return torch.where(share >= min_share, codes[which], BACKGROUND)

@@ -49,7 +49,8 @@ def atomic(path,             # the final name; its folder is made
         if not full: raise
         # with the file's name
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/files.ipynb #f4295483
 def make_folder(folder: Path): # and those above it
@@ -100,7 +101,9 @@ def download(url: str,   # where it is published
     with atomic(path) as part, open(part, 'wb') as file, \
          tqdm(total=size, desc=path.name, unit='B', unit_scale=True, disable=None) as bar:
         for piece in _receive(url, path, about):
-            file.write(piece), found.update(piece), bar.update(len(piece))
+            file.write(piece)
+            found.update(piece)
+            bar.update(len(piece))
             if (count := count + len(piece)) > size: break
         if (count, found.hexdigest()) == (size, md5): return
         raise ValueError(f'{url}: found {count:,} bytes, MD5 {found.hexdigest()}; expected '
@@ -129,8 +132,8 @@ def fetch(url: str,  # where it is published
 
 # %% ../../nbs/data/files.ipynb #00e1a14a
 def _line(text) -> str:
-    # of another library's error: what it says, without its stack and the half of the file that it
-    # may quote
+    # of another library's error: what it says, without its stack and the half of the file
+    # that it may quote
     return f'{(str(text).splitlines() or [""])[0]:.200}'
 
 def _of_folder(path):
@@ -168,8 +171,7 @@ def contents(path,             # of a .zip, a .tar, a compressed .tar, or a fold
                 raise ValueError(f'its files come to more than {limit:,} bytes')
             if wanted(_inside(name)): yield name, get()
     except FileNotFoundError: raise FileNotFoundError(f'{path}: not found') from None
-    # a decompressor of damaged bytes raises anything: OSError, EOFError, zlib.error, RuntimeError …
-    except Exception as e:
+    except Exception as e:  # damaged bytes: OSError, EOFError, zlib.error, RuntimeError …
         raise ValueError(f'{path}: not a sound archive: {_line(e) or type(e).__name__}') from None
 
 # %% ../../nbs/data/files.ipynb #1e0a5f83
@@ -189,8 +191,8 @@ def decode(data: bytes, # of a file of one of `FORMATS`
           ) -> Tensor:  # uint8, 3 x H x W: red, green, blue
     "The pixels of an image file."
     try:
-        with _ALONE, warnings.catch_warnings(), Image.open(io.BytesIO(data),
-                                                           formats=FORMATS) as image:
+        with _ALONE, warnings.catch_warnings(), \
+             Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter('ignore')  # about metadata, which nobody reads
             if image.format in ('JPEG', 'MPO'):
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
@@ -199,8 +201,8 @@ def decode(data: bytes, # of a file of one of `FORMATS`
                 raise ValueError(f'found an animation of {n} images; expected one')
             return _pixels(image)
     except Exception as e:  # a decoder of damaged bytes raises anything
-        what = (f'none of {", ".join(FORMATS)}' if isinstance(e, Image.UnidentifiedImageError)
-                else re.sub(r'^\w+, \S+, ', '', _line(e)))
+        if isinstance(e, Image.UnidentifiedImageError): what = f'none of {", ".join(FORMATS)}'
+        else: what = re.sub(r'^\w+, \S+, ', '', _line(e))
         raise ValueError(f'{name}: not a sound image ({len(data):,} bytes): {what}') from None
 
 # %% ../../nbs/data/files.ipynb #a6515951
@@ -213,9 +215,9 @@ class Pickled(ValueError):
         super().__init__(f'{said}, and opening it could run any program, so it was not opened')
         self.weights = weights
 
-_PROGRAMS = {'constants.pkl': ('TorchScript', "torch.jit.load({!r}, "
-                               "map_location='cpu').state_dict()"),
-             # by a member that only they have
+# by a member that only they have
+_PROGRAMS = {'constants.pkl': ('TorchScript',
+                               "torch.jit.load({!r}, map_location='cpu').state_dict()"),
              'archive_format': ('torch.export', 'torch.export.load({!r}).state_dict')}
 
 def _check_zip(path):
@@ -234,12 +236,10 @@ def _is_dict(path) -> bool: # does the outermost object begin as a dict does? No
         file = stack.enter_context(open(path, 'rb'))
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
-            file = archive.open(next(name for name in archive.namelist()
-                                     if name.endswith('/data.pkl')))
-        else:
-            for _ in range(3):
-                # the old format: three pickles about the format come first
-                [*pickletools.genops(file)]
+            name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
+            file = archive.open(name)
+        else:  # the old format: three pickles about the format come first
+            for _ in range(3): [*pickletools.genops(file)]
         begin = [(op.name, arg) for op, arg, _ in islice(pickletools.genops(file), 2)][-1]
     return begin[0] == 'EMPTY_DICT' or begin == ('GLOBAL', 'collections OrderedDict')
 
@@ -254,12 +254,12 @@ def _refused(path, e: Exception) -> ValueError:
     load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)"
     if several: return Pickled(f'{path} holds Python objects ({found[1]:.80})', f"{load}['model']")
     return Pickled(f'{path} holds one Python object, not weights by name ({found[1]:.80}, a whole '
-                   f'network as a rule, which needs its author\'s code)', f'{load}.state_dict()')
+                   "network as a rule, which needs its author's code)", f'{load}.state_dict()')
 
 # %% ../../nbs/data/files.ipynb #6ffd651f
 def read_torch(path): # a file of `torch.save`; returns what was saved, tensors on the CPU
-    """Tensors, numbers, strings, lists and dicts that `torch.save` wrote. Nothing else is read, and
-    nothing executed."""
+    """Tensors, numbers, strings, lists and dicts that `torch.save` wrote. Nothing else is
+    read, and nothing executed."""
     with open(path, 'rb'): pass  # a file that is not there says so itself
     try:
         if zipfile.is_zipfile(path): _check_zip(path)
@@ -278,8 +278,8 @@ def read_tensors(path,             # a safetensors file
     with open(path, 'rb'): pass
     try:
         with safe_open(path, 'pt') as file:
-            return {name: file.get_tensor(name) for name in (file.keys() if names is None
-                                                             else names)}, file.metadata() or {}
+            names = file.keys() if names is None else names
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as e:
         raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
 

@@ -34,11 +34,12 @@ def _below(folder: Path) -> Iterator[str]: # paths from `folder`
     for at, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
         if real in been or real != top and f'{top}/'.startswith(f'{real}/'):
-            folders.clear(); continue
+            folders.clear()
+            continue
         been.add(real)
         folders[:] = sorted(name for name in folders if name[0] != '.')
-        yield from (os.path.relpath(os.path.join(at, name), folder) for name in sorted(files)
-                    if name[0] != '.')
+        yield from (os.path.relpath(os.path.join(at, name), folder)
+                    for name in sorted(files) if name[0] != '.')
 
 def _folders(path: Path) -> list: # names, in order
     return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != '.')
@@ -49,13 +50,12 @@ def _is_photo(name: str) -> bool: return name.lower().endswith(ENDINGS)
 def _listing(folder: Path) -> Photos: # the classes in turn
     "Every photo below the class folders, listed and not read."
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}: found no such folder; expected one that holds a folder '
-                                'of photos for every class')
+        raise FileNotFoundError(f'{folder}: found no such folder; expected one that holds '
+                                'a folder of photos for every class')
     classes, names, labels, other = _folders(folder), [], [], Counter()
     if len(classes) < 2:
-        found, hint = ((f'one class folder, {classes[0]!r}',
-                        f'; do they lie in {folder/classes[0]}?') if classes
-                       else ('no class folder', ''))
+        found = f'one class folder, {classes[0]!r}' if classes else 'no class folder'
+        hint = f'; do they lie in {folder/classes[0]}?' if classes else ''
         raise ValueError(f'{folder}: found {found}; expected a folder of photos for every '
                          f'class, of two or more{hint}')
     for label, name in enumerate(classes):
@@ -65,15 +65,16 @@ def _listing(folder: Path) -> Photos: # the classes in turn
         if not own:
             raise ValueError(f'{folder/name}: found no photo{_counted(other)}; expected some '
                              f'({", ".join(ENDINGS)}), or no such folder')
-        names += own; labels += [label] * len(own)
+        names += own
+        labels += [label] * len(own)
     # beside the class folders
     other.update(p.suffix for p in folder.iterdir() if p.is_file() and _is_photo(p.name))
     if other:
         warnings.warn(f'{folder}: left out {other.total()} files that are no photos in class '
                       f'folders{_counted(other)}')
-    order = in_turn(torch.tensor(labels))
-    return Photos(folder, np.array([os.fsencode(name) for name in names])[order],
-                  torch.tensor(labels)[order], tuple(classes))
+    names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
+    order = in_turn(labels)
+    return Photos(folder, names[order], labels[order], tuple(classes))
 
 # %% ../../nbs/data/folders.ipynb #781f3fb7
 def _counted(other: Counter) -> str:
@@ -83,18 +84,18 @@ def _counted(other: Counter) -> str:
 _TRAIN, _TESTS = ('train', 'training'), ('test', 'testing', 'val', 'valid', 'validation')
 
 def _apart(path: Path) -> dict: # {its word: a folder that somebody has split off}
-    """Folders with the name of a split that hold folders; a class may be called 'train', and holds
-    photos."""
+    """Folders with the name of a split that hold folders; a class may be called 'train', and
+    holds photos."""
     there = {p.name.lower(): p for p in map(path.joinpath, _folders(path))} if path.is_dir() else {}
-    apart = {word: there[word] for word in (*_TRAIN, *_TESTS) if word in there
-             and _folders(there[word])}
+    apart = {word: there[word] for word in (*_TRAIN, *_TESTS)
+             if word in there and _folders(there[word])}
     if not apart: return {}
-    trains, others = [word for word in apart if word in _TRAIN], sorted(set(there) - set(apart))
-    if len(trains) == 1 and (len(apart) > 1 or not others): return apart
-    raise ValueError(f'{path}: found {", ".join(f"{p.name}/" for p in apart.values())} '
-                     'with folders inside' + f', beside {others[:4]}' * bool(others) +
-                     '; expected train/, and beside it val/ or test/, or class folders of '
-                     'photos alone')
+    others = sorted(set(there) - set(apart))
+    if sum(word in _TRAIN for word in apart) == 1 and (len(apart) > 1 or not others): return apart
+    found = ', '.join(f'{p.name}/' for p in apart.values())
+    beside = f', beside {others[:4]}' if others else ''
+    raise ValueError(f'{path}: found {found} with folders inside{beside}; expected train/, '
+                     'and beside it val/ or test/, or class folders of photos alone')
 
 def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
     "The photos of the splits, by the table above."
@@ -115,10 +116,9 @@ def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
 # %% ../../nbs/data/folders.ipynb #a1c7f005
 def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
     order = sorted(range(len(photos)), key=lambda i: hashlib.sha256(photos.names[i]).digest())
-    try:
-        return tuple(photos.subset(i) for i in hold_out(photos.labels, share,
-                                                        order=torch.tensor(order)))
+    try: rest, held = hold_out(photos.labels, share, order=torch.tensor(order))
     except ValueError as e: raise ValueError(f'{photos.folder}: {e}') from None
+    return photos.subset(rest), photos.subset(held)
 
 # %% ../../nbs/data/folders.ipynb #a1c7f007
 def folder_identity(path # of the folder
@@ -126,8 +126,8 @@ def folder_identity(path # of the folder
     "A hash of every photo's name and size in bytes, whatever the folder is called."
     path, found = Path(path).expanduser(), []
     for split, photos in sorted(_splits(path, 0.).items()):
-        found += sorted([split, os.fsdecode(name), _about(photos, i)[0]] for i,
-                        name in enumerate(photos.names))
+        found += sorted([split, os.fsdecode(name), _about(photos, i)[0]]
+                        for i, name in enumerate(photos.names))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last change
@@ -148,11 +148,11 @@ def _key(photos: Photos) -> str: # 64 hexadecimal digits
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution x resolution
-    """Every photo, decoded and brought to one size; where no size was given, they must have it
-    already."""
+    """Every photo, decoded and brought to one size; where no size was given, they must have
+    it already."""
     size = photos.resolution
-    shape, pixels = (Compose([Resize(size, antialias=True), CenterCrop(size)]),
-                     torch.empty(len(photos), 3, size, size, dtype=torch.uint8))
+    shape = Compose([Resize(size, antialias=True), CenterCrop(size)])
+    pixels = torch.empty(len(photos), 3, size, size, dtype=torch.uint8)
     for i in tqdm(range(len(photos)), str(photos.folder), disable=None):
         x = photos.read(i)
         if not given and x.shape[1:] != (size, size):
@@ -163,15 +163,16 @@ def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution
 
 # %% ../../nbs/data/folders.ipynb #8cc8f9d5
 def _decode(photos: Photos, given: bool, path: Path):
-    size, free = len(photos) * 3 * photos.resolution**2, shutil.disk_usage(path.parent).free
+    size = len(photos) * 3 * photos.resolution**2
+    free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(f'{path}: {size:,} bytes of pixels will not fit, {free:,} are free; make '
-                      'room, or choose another place by LETKD_DATA')
+        raise OSError(f'{path}: {size:,} bytes of pixels will not fit, {free:,} are free; '
+                      'make room, or choose another place by LETKD_DATA')
     pixels = _squares(photos, given)
     mean, std = statistics(pixels)
     if min(std) == 0:
-        raise ValueError(f'{photos.folder}: found photos of one colour only; expected pixels '
-                         'that differ')
+        raise ValueError(f'{photos.folder}: found photos of one colour only; '
+                         'expected pixels that differ')
     with atomic(path) as part:
         save_file(dict(images=pixels), part, dict(about=json.dumps(dict(mean=mean, std=std))))
 
@@ -193,9 +194,9 @@ def _resolution(photos: Photos) -> int: # of photos that have one
     "The side of the first photo, a square."
     h, w = photos.read(0).shape[1:]
     if h == w: return h
-    raise ValueError(f'{photos.path(0)}: found {w} x {h} pixels; expected a square, or a '
-                     'resolution, such as resolution=32: '
-                     'the shorter side is brought to it, and the centre taken')
+    raise ValueError(f'{photos.path(0)}: found {w} x {h} pixels; expected a square, or '
+                     'a resolution, such as resolution=32: the shorter side is brought to it, '
+                     'and the centre taken')
 
 # %% ../../nbs/data/folders.ipynb #17834cbe
 def folder(split: str,          # 'train', 'valid' or 'test', see the table above
@@ -210,9 +211,9 @@ def folder(split: str,          # 'train', 'valid' or 'test', see the table abov
     "A split of a folder that holds class folders of photos."
     known, given = _splits(Path(path).expanduser(), held_out), resolution is not None
     if split not in known:
+        hint = ", or a share of 'train' for 'valid', such as held_out=.1"
         raise ValueError(f'split: found {split!r}; expected one of {", ".join(known)}'
-                         + ", or a share of 'train' for 'valid', "
-                         "such as held_out=.1" * (split == 'valid'))
+                         + hint * (split == 'valid'))
     side = resolution or _resolution(known['train'])
     known = {name: replace(photos, resolution=side) for name, photos in known.items()}
     photos, train = known[split], known['train']
@@ -220,8 +221,8 @@ def folder(split: str,          # 'train', 'valid' or 'test', see the table abov
         _, mean, std = _cached(first(train, min(2000, len(train))), given, root)
         return first(replace(photos, mean=mean, std=std), size)
     _, mean, std = _cached(train, given, root)
-    return first(Images(_cached(photos, given, root)[0], photos.labels, None, photos.classes, mean,
-                        std), size)
+    pixels, *_ = _cached(photos, given, root)
+    return first(Images(pixels, photos.labels, None, photos.classes, mean, std), size)
 
 # %% ../../nbs/data/folders.ipynb #c49ae40c
 def folder_batches(images,          # `Images` or `Photos`
@@ -232,5 +233,5 @@ def folder_batches(images,          # `Images` or `Photos`
                   ):                # `Batches` or `PhotoBatches`
     "The batches that fit the kind of set."
     if isinstance(images, Images): return Batches(images, batch_size, augment, **settings)
-    return PhotoBatches(images, batch_size, ResizedCrop(flip=augment.flip) if augment else None,
-                        **settings)
+    crop = ResizedCrop(flip=augment.flip) if augment else None
+    return PhotoBatches(images, batch_size, crop, **settings)

@@ -59,9 +59,9 @@ class Photos:
 def _listing(folder: Path) -> tuple: # names, labels, classes
     "What lies in a split's folder, the classes in turn."
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}: not found. Put or link ImageNet there: train/ '
-                                'and val/, in each a folder of photos '
-                                'for every class (n01440764 …); or give another root')
+        raise FileNotFoundError(f'{folder}: not found. Put or link ImageNet there: train/ and '
+                                'val/, in each a folder of photos for every class '
+                                '(n01440764 …); or give another root')
     try: found = ImageFolder(folder)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{folder}: {e}. Expected a folder of photos for every class; '
@@ -69,8 +69,8 @@ def _listing(folder: Path) -> tuple: # names, labels, classes
                                 'folders first') from None
     labels = torch.tensor(found.targets)
     order = in_turn(labels)
-    return (np.array([os.fsencode(os.path.relpath(found.samples[i][0], folder)) for i in order]),
-            labels[order], tuple(found.classes))
+    names = [os.fsencode(os.path.relpath(found.samples[i][0], folder)) for i in order]
+    return np.array(names), labels[order], tuple(found.classes)
 
 # %% ../../nbs/data/imagenet.ipynb #e82a6321
 _FOLDERS = dict(train='train', valid='train', test='val')
@@ -87,10 +87,9 @@ def imagenet(split: str,             # 'train', 'valid' or 'test'
     if split not in _FOLDERS:
         raise ValueError(f'split: found {split!r}; expected one of {", ".join(_FOLDERS)}')
     if split == 'valid' and not held_out:
-        raise ValueError("ImageNet's validation photos are the 'test' of the published tables: for "
-                         "'valid' hold out training "
-                         "photos of each class, such as held_out=50, with 'train' and "
-                         "'valid' alike")
+        raise ValueError("ImageNet's validation photos are the 'test' of the published tables: "
+                         "for 'valid' hold out training photos of each class, "
+                         "such as held_out=50, with 'train' and 'valid' alike")
     folder = data_root(root)/'imagenet'/_FOLDERS[split]
     photos = Photos(folder, *_listing(folder), resolution)
     if photos.classes != (known := _listing(folder.parent/'train')[2]):
@@ -119,7 +118,8 @@ def _transform(photos: Photos, augment: Optional[ResizedCrop]):
 class _Squares:
     "What a worker runs: photo `i` of an epoch as a square, or the error that it met."
     def __init__(self, photos, augment, seed, epoch):
-        self.photos, self.transform, self.key = photos, _transform(photos, augment), (seed, epoch)
+        self.photos, self.transform = photos, _transform(photos, augment)
+        self.key = seed, epoch
 
     def __getitem__(self, i: int):
         word = np.random.SeedSequence((*self.key, i)).generate_state(1, np.uint64)[0]
@@ -174,7 +174,8 @@ def _squares(self: PhotoBatches, epoch, batches):
 # %% ../../nbs/data/imagenet.ipynb #dc26df09
 @patch
 def __iter__(self: PhotoBatches):
-    (epoch, start), device = self.begin(), self.images.device
+    epoch, start = self.begin()
+    device = self.images.device
     plan = [(b, places) for b, places in enumerate(self._plan(epoch)) if b >= start and places]
     for squares, (b, places) in zip(self._squares(epoch, [places for _, places in plan]), plan):
         if isinstance(squares, ValueError): raise squares

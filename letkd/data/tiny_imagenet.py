@@ -38,8 +38,8 @@ def _label(name: str, annotations: dict, wnids: list) -> int:
     _, split, *_, file = name.split('/')
     wnid = name.split('/')[2] if split == 'train' else annotations.get(file)
     if wnid in wnids: return wnids.index(wnid)
-    raise ValueError(f'{name}: found class {wnid[:40]!r}, which is not in wnids.txt' if wnid else
-                     f'{name}: found no class in val_annotations.txt')
+    if wnid: raise ValueError(f'{name}: found class {wnid[:40]!r}, which is not in wnids.txt')
+    raise ValueError(f'{name}: found no class in val_annotations.txt')
 
 def _annotations(text: str) -> dict: # {file: wnid}
     return dict(line.split('\t')[:2] for line in text.splitlines() if '\t' in line)
@@ -68,9 +68,9 @@ def _tensors(texts: dict, photos: dict, split: str, wnids: list) -> tuple: # pix
     labels = torch.tensor([_label(n, notes, wnids) for n in names])
     counts = labels.bincount(minlength=len(wnids)) if names else torch.zeros(1)
     if counts.min() < 1 or split == 'val' and (counts.min() != counts.max() or counts[0] % 2):
+        also = ', an even number and the same for all' if split == 'val' else ''
         raise ValueError(f'{split}: found {int(counts.min())} .. {int(counts.max())} images of a '
-                         'class; expected at least one'
-                         + ', an even number and the same for all' * (split == 'val'))
+                         f'class; expected at least one{also}')
     order = in_turn(labels)
     return torch.stack([photos[names[i]] for i in order]), labels[order]
 
@@ -92,10 +92,8 @@ def _decoded(root, md5: str) -> Path: # the file of tensors
     except ValueError as e:
         raise ValueError(str(e) if str(e).startswith(str(source)) else f'{source}: {e}') from None
     mean, std = statistics(tensors['train.images'])
-    with atomic(path) as part:
-        save_file(tensors, part, metadata=dict(format=_FORMAT,
-                                               about=json.dumps(dict(classes=names, mean=mean,
-                                                                     std=std))))
+    about = json.dumps(dict(classes=names, mean=mean, std=std))
+    with atomic(path) as part: save_file(tensors, part, dict(format=_FORMAT, about=about))
     return path
 
 # %% ../../nbs/data/tiny_imagenet.ipynb #311d1fcf
@@ -127,4 +125,5 @@ def tiny_imagenet(split: str,     # 'train', 'valid' or 'test'
     try: images = _checked(path, where)
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f'{path}: {e}. Delete it, and the images are decoded again') from None
-    return first(images.subset(slice(int(begin * len(images)), int(end * len(images)))), size)
+    own = slice(int(begin * len(images)), int(end * len(images)))
+    return first(images.subset(own), size)

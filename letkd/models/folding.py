@@ -18,10 +18,10 @@ from ..layer import folded
 # %% ../../nbs/models/folding.ipynb #0cc30239
 def channels_last(model: nn.Module # any network; changed in place
                  ) -> nn.Module:   # the same
-    """Store the kernels of convolutions with the channels last, except in networks that have a
-    narrow 1x1 of stride 2."""
-    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
-                 and m.in_channels < 8
+    """Store the kernels of convolutions with the channels last, except in networks that have
+    a narrow 1x1 of stride 2."""
+    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)
+                 and m.stride != (1, 1) and m.in_channels < 8
                  for m in model.modules())
     return model if narrow else model.to(memory_format=torch.channels_last)
 
@@ -29,7 +29,8 @@ def channels_last(model: nn.Module # any network; changed in place
 @torch.no_grad()
 def _fold(conv: nn.Module, norm: nn.Module):
     "Give the convolution the weights of equation 1."
-    gain, bias = (norm.running_var.double() + norm.eps).rsqrt(), -norm.running_mean.double()
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    bias = -norm.running_mean.double()
     if norm.affine: gain = gain * norm.weight.double()
     if conv.bias is not None: bias = bias + conv.bias.double()
     bias = bias * gain + (norm.bias.double() if norm.affine else 0)
@@ -61,8 +62,8 @@ def _alone(model: nn.Module, graph: fx.Graph) -> set: # of paths
     used = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     used.update(id(m) for _, m in model.named_modules(remove_duplicate=False))
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks
-    return {path for path, m in model.named_modules() if calls[path] == 1 and path not in direct
-            and not hooked(m)
+    return {path for path, m in model.named_modules()
+            if calls[path] == 1 and path not in direct and not hooked(m)
             and all(used[id(one)] == 1 for one in (m, *m.parameters()))}
 
 # %% ../../nbs/models/folding.ipynb #c2c225de
@@ -104,7 +105,8 @@ def inference_form(model: nn.Module,         # any network, a teacher as a rule;
     model.requires_grad_(False)
     for conv, norm in _pairs(model):
         if taps & {conv, f'{norm}:input'}: continue
-        (parent, _, name), first = norm.rpartition('.'), model.get_submodule(conv)
+        parent, _, name = norm.rpartition('.')
+        first = model.get_submodule(conv)
         _fold(first, model.get_submodule(norm))
         setattr(model.get_submodule(parent), name, nn.Identity())
         # `letkd.taps.resolve` looks there
@@ -113,7 +115,7 @@ def inference_form(model: nn.Module,         # any network, a teacher as a rule;
 
 # %% ../../nbs/models/folding.ipynb #d17c90ab
 def fold_teacher(distiller: nn.Module): # a `letkd.Distiller`
-    """Its teacher runs in the inference form from now on; the network that was given is left as it
-    is."""
+    """Its teacher runs in the inference form from now on; the network that was given is left
+    as it is."""
     if distiller.teacher is not None:
         distiller.__dict__['teacher'] = inference_form(distiller.teacher, distiller.taps('teacher'))

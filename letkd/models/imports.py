@@ -75,8 +75,8 @@ def _other(name: str, path: Path): # a file
     found = sys.modules.get(name) or importlib.util.find_spec(name)
     file = getattr(found, '__file__', None) or getattr(found, 'origin', None)
     if found is None or file and Path(file).resolve() == path: return None
-    return None if getattr(found, 'submodule_search_locations',
-                           None) and not file else file or 'a part of Python'
+    if getattr(found, 'submodule_search_locations', None) and not file: return None
+    return file or 'a part of Python'
 
 # %% ../../nbs/models/imports.ipynb #0533b664
 def _execute(given: str, path: Path, name: str, data: bytes) -> ModuleType:
@@ -103,12 +103,15 @@ def _load_file(given: str) -> Imported:
         raise ImportError(f'--import {given}: found another module called {name}, {other}; '
                           'expected a name of its own')
     if known and known.files[path.name] == _sha(data): return known
-    before, places, files = set(sys.modules), [*sys.path], known.files if known else {}
+    before, places = set(sys.modules), [*sys.path]
+    files = known.files if known else {}
     if str(path.parent) not in places: sys.path.append(str(path.parent))
     try: module = _execute(given, path, name, data)
-    except ImportError: sys.path[:] = places; raise
-    return Imported(given, module, files | _neighbours(path.parent, before)
-                    | {path.name: _sha(data)})
+    except ImportError:
+        sys.path[:] = places
+        raise
+    files = files | _neighbours(path.parent, before) | {path.name: _sha(data)}
+    return Imported(given, module, files)
 
 # %% ../../nbs/models/imports.ipynb #e241d742
 def _load_module(name: str) -> Imported:
@@ -119,10 +122,10 @@ def _load_module(name: str) -> Imported:
         raise ImportError(f'--import {name}: {fault(error, Path.cwd())}') from error
     path = Path(getattr(module, '__file__', None) or '.').resolve()
     if path.suffix != '.py':
-        raise ImportError(f'--import {name}: found no file of Python; expected a file, or a module '
-                          'of a package')
-    return Imported(name, module, _neighbours(path.parent, before)
-                    | {path.name: _sha(path.read_bytes())})
+        raise ImportError(f'--import {name}: found no file of Python; expected a file, '
+                          'or a module of a package')
+    files = _neighbours(path.parent, before) | {path.name: _sha(path.read_bytes())}
+    return Imported(name, module, files)
 
 def load(given: str, # path of a file that ends in .py, or the name of a module
         ) -> ModuleType: # what it holds
@@ -139,6 +142,6 @@ def forget():
     for name, module in [*sys.modules.items()]:
         file = getattr(module, '__file__', None)
         if file and str(Path(file).resolve()) in own: del sys.modules[name]
-    sys.path[:] = [place for place in sys.path if place not in {str(found.folder)
-                                                                for found in IMPORTED.values()}]
+    folders = {str(found.folder) for found in IMPORTED.values()}
+    sys.path[:] = [place for place in sys.path if place not in folders]
     IMPORTED.clear()

@@ -33,8 +33,8 @@ class InvertedResidual(nn.Module):
 
 # %% ../../nbs/models/mobilenetv2.ipynb #01f5ffbb
 # t, c, n, s
-_stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-           (6, 160, 3, 2), (6, 320, 1, 1))
+_stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2),
+           (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 class MobileNetV2(nn.Module):
     """Stem, seven stages of inverted residuals, 1x1 head, global average, linear classifier
@@ -51,10 +51,10 @@ class MobileNetV2(nn.Module):
             rest = (InvertedResidual(c, c, 1, t) for _ in range(n - 1))
             stages.append(nn.Sequential(InvertedResidual(c_in, c, s, t), *rest))
         head = int(1280 * max(1, width))
-        self.blocks, self.conv2 = (nn.Sequential(*stages),
-                                   nn.Sequential(*_conv_bn(c, head), nn.ReLU()))
-        self.avgpool, self.classifier = (nn.AdaptiveAvgPool2d(1),
-                                         nn.Sequential(nn.Linear(head, num_classes)))
+        self.blocks = nn.Sequential(*stages)
+        self.conv2 = nn.Sequential(*_conv_bn(c, head), nn.ReLU())
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Linear(head, num_classes))
         _start(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from .imports import IMPORTED, fault, nearest
 def _models(): return importlib.import_module('torchvision.models')
 
 def torchvision_names() -> list: # of strings, without the prefix
-    """Torchvision's classifiers; googlenet and inception_v3 give more than logits in training and
-    are not among them."""
+    """Torchvision's classifiers; googlenet and inception_v3 give more than logits in training
+    and are not among them."""
     names = _models().list_models(module=_models())
     return [name for name in names if name not in ('googlenet', 'inception_v3')]
 
@@ -59,12 +59,12 @@ def _verified(url: str) -> Path: # the file, whose SHA-256 begins as its name en
         try:
             with _patience(10): torch.hub.download_url_to_file(url, str(path), begin)
         except OSError as e:
-            raise OSError(f'{url} could not be downloaded ({e}); put it into '
-                          f'{path.parent}') from None
+            raise OSError(f'{url} could not be downloaded ({e}); '
+                          f'put it into {path.parent}') from None
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found.startswith(begin): return path
-    raise ValueError(f'{path}: found SHA-256 {found}; expected one that begins with '
-                     f'{begin}. Delete it, and it is fetched again')
+    raise ValueError(f'{path}: found SHA-256 {found}; expected one that begins with {begin}. '
+                     'Delete it, and it is fetched again')
 
 # %% ../../nbs/models/others.ipynb #4ce26000
 def torchvision_weights(
@@ -102,9 +102,10 @@ def _takes_classes(made) -> bool: # anything
 
 def own_names() -> list: # of strings, as 'my_nets:tiny'
     "The functions and classes of imported files that take `num_classes`."
-    found = [(name, key, made) for name, own in IMPORTED.items() for key,
-             made in vars(own.module).items()]
-    return [f'{name}:{key}' for name, key, made in found if key[0] != '_' and callable(made)
+    found = [(name, key, made)
+             for name, own in IMPORTED.items() for key, made in vars(own.module).items()]
+    return [f'{name}:{key}' for name, key, made in found
+            if key[0] != '_' and callable(made)
             and getattr(made, '__module__', '') == name and _takes_classes(made)]
 
 # %% ../../nbs/models/others.ipynb #a20cd851
@@ -114,16 +115,17 @@ def own_network(
     num_classes: int # logits
 ) -> nn.Module:      # in train mode, with nothing in place
     "A network made by a function of your own."
-    name, expected = (f'network {module + ":" + function!r}',
-                      f'expected a function: def {function}(num_classes): ..., which returns an '
-                      'nn.Module')
+    name = f'network {module + ":" + function!r}'
+    expected = (f'expected a function: def {function}(num_classes): ..., '
+                'which returns an nn.Module')
     if module not in IMPORTED:
         raise ValueError(f'{name}: found no import of {module}; expected letkd --import '
                          f'{module}.py, or in Python letkd.models.imports.load')
-    make, names = getattr(IMPORTED[module].module, function, None), ', '.join(own_names()) or 'none'
+    make = getattr(IMPORTED[module].module, function, None)
     if make is None:
-        raise ValueError(f'{name}: found no {function} there; {expected}. Networks of imported '
-                         f'files: {names}')
+        names = ', '.join(own_names()) or 'none'
+        raise ValueError(f'{name}: found no {function} there; {expected}. '
+                         f'Networks of imported files: {names}')
     if not callable(make) or not _takes_classes(make):
         raise ValueError(f'{name}: found {make!r:.60} without num_classes; {expected}')
     try: model = make(num_classes=num_classes)

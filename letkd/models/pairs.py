@@ -37,11 +37,11 @@ PLACES = {
     r'shufflenetv2':         Places('layer3.0', 'relu2', _stages(3), 'relu1',
                                     ('layer1.3.relu3:input', 'layer2.7.relu3:input',
                                      'layer3.3.relu3:input')),
-    r'(torchvision/)?resnet(18|34)|torchvision/resnet.*': Places('layer4.0', 'layer4', _stages(4),
-                                                                 'maxpool'),
-    r'(torchvision/)?mobilenet_v2': Places('features.14', 'features.18',
-                                           tuple(f'features.{i}' for i in (3, 6, 13, 17)),
-                                           'features.1'),
+    r'(torchvision/)?resnet(18|34)|torchvision/resnet.*':
+                            Places('layer4.0', 'layer4', _stages(4), 'maxpool'),
+    r'(torchvision/)?mobilenet_v2':
+                            Places('features.14', 'features.18',
+                                   tuple(f'features.{i}' for i in (3, 6, 13, 17)), 'features.1'),
 }
 
 def places_of(name: str # as `create_model` reads it
@@ -49,9 +49,9 @@ def places_of(name: str # as `create_model` reads it
     "Where the methods look in a network."
     fits = [places for pattern, places in PLACES.items() if re.fullmatch(pattern, name)]
     if fits: return fits[-1]
-    raise ValueError(f'{name}: nobody has written down where methods look in this network; give '
-                     'the taps, '
-                     f"such as penultimate=('layer3', 'features'). letkd taps {name} lists them")
+    raise ValueError(f'{name}: nobody has written down where methods look in this network; '
+                     "give the taps, such as penultimate=('layer3', 'features'). "
+                     f'letkd taps {name} lists them')
 
 # %% ../../nbs/models/pairs.ipynb #192b802a
 def pair_taps(student: str, # a name, as `create_model` reads it
@@ -61,8 +61,8 @@ def pair_taps(student: str, # a name, as `create_model` reads it
     s, t = places_of(student), places_of(teacher)
     both = lambda a, b: tuple(zip(a[-min(len(a), len(b)):], b[-min(len(a), len(b)):]))
     last = lambda p: '' if p.stages[-1] == p.penultimate else p.stages[-1]
-    stages, bounds = both(s.stages, t.stages), (s.student_boundaries or s.boundaries or s.stages,
-                                                t.boundaries or t.stages)
+    stages = both(s.stages, t.stages)
+    bounds = s.student_boundaries or s.boundaries or s.stages, t.boundaries or t.stages
     return dict(penultimate=(s.penultimate, t.penultimate),
                 intermediate=(s.intermediate, t.intermediate), stages=stages,
                 hint=stages[1], stem=(s.stem, t.stem), last=(last(s), last(t)),

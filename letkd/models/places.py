@@ -43,19 +43,20 @@ def _run(model: nn.Module, images: Tensor) -> list: # of (path, map), in order
             found[path] = output, output._version
     try:
         for path, module in model.named_modules():
-            if path:
-                handles.append(module.register_forward_hook(lambda m, args, output,
-                                                            path=path: see(path, output)))
+            if not path: continue
+            hook = lambda m, args, output, path=path: see(path, output)
+            handles.append(module.register_forward_hook(hook))
         with evaluating(model): model(images)
     except Exception as error:
         size = ' x '.join(map(str, images.shape[1:]))
+        said = ' '.join(str(error).split())[:200]
         raise ValueError(f'{type(model).__name__}: found images of {size}, which it does not take '
-                         f'({" ".join(str(error).split())[:200]}); expected those it is made for, '
-                         'such as 3 x 224 x 224') from error
+                         f'({said}); expected those it is made for, such as 3 x 224 x 224'
+                        ) from error
     finally:
         for handle in handles: handle.remove()
-    return [(path, x) for path, (x, version) in found.items() if calls[path] == 1
-            and x._version == version]
+    return [(path, x) for path, (x, version) in found.items()
+            if calls[path] == 1 and x._version == version]
 
 def _outermost(maps: list) -> list: # of (path, map)
     "One path for each tensor, the last to give it."
@@ -66,8 +67,8 @@ def _outermost(maps: list) -> list: # of (path, map)
 def _parent(path: str) -> str: return path.rpartition('.')[0]
 
 def _equals(path: str, blocks: dict) -> list: # blocks: {path: class}
-    """The blocks within one of them that share list and class with another: if there are any, it is
-    a stage."""
+    """The blocks within one of them that share list and class with another: if there are
+    any, it is a stage."""
     within = {p: kind for p, kind in blocks.items() if p.startswith(f'{path}.')}
     count = Counter((_parent(p), kind) for p, kind in within.items())
     return [p for p, kind in within.items() if count[_parent(p), kind] > 1]
@@ -87,8 +88,8 @@ def _first_block(model: nn.Module, maps: list, last: Tensor) -> str: # '' where 
 def _inside(model: nn.Module) -> set: # paths
     "What is inside blocks; stages are none."
     modules = dict(model.named_modules())
-    blocks = {path: type(m) for path, m in modules.items() if path
-              and _is_block(m, modules[_parent(path)])}
+    blocks = {path: type(m) for path, m in modules.items()
+              if path and _is_block(m, modules[_parent(path)])}
     own = [path for path in blocks if not _equals(path, blocks)]
     return {path for path in modules if any(path.startswith(f'{block}.') for block in own)}
 
@@ -101,8 +102,8 @@ def places(model: nn.Module, # any network; its mode is left as it is
     "The places of a network at which a map passes."
     maps, modules, inside = _run(model, images), dict(model.named_modules()), _inside(model)
     outermost = _outermost(maps)
-    large = [(path, x) for path, x in outermost if _pixels(x) > 1
-             and path not in inside] or outermost
+    large = [(path, x) for path, x in outermost if _pixels(x) > 1 and path not in inside]
+    large = large or outermost
     roles = {}
     if large:
         path, last = large[-1]
@@ -127,8 +128,8 @@ def format_places(found: list,       # of `places`
     shown = [place for place in found if inner or not place.inner or place.role]
     lines = [(p.tap, p.kind, ' x '.join(map(str, p.shape)), p.role) for p in shown]
     if not lines: return 'no map passes in this network'
-    wide = [max(len(line[i]) for line in lines) for i in range(3)]
-    more = (f'{len(found) - len(shown)} more inside blocks; --all shows them'
-            if len(shown) < len(found) else '')
-    return '\n'.join([*('  '.join(f'{cell:{w}}' for cell, w in zip(line, (*wide, 0))).rstrip()
-                        for line in lines), *filter(None, [more])])
+    wide = (*(max(len(line[i]) for line in lines) for i in range(3)), 0)
+    lines = ['  '.join(f'{cell:{w}}' for cell, w in zip(line, wide)).rstrip() for line in lines]
+    if hidden := len(found) - len(shown):
+        lines.append(f'{hidden} more inside blocks; --all shows them')
+    return '\n'.join(lines)

@@ -29,9 +29,10 @@ class BasicBlock(nn.Module):
         stride: int = 1  # 2 halves height and width
     ):
         super().__init__()
-        self.conv1, self.bn1, self.relu1 = (_conv(c_in, width, 3, stride), nn.BatchNorm2d(width),
-                                            nn.ReLU())
-        self.conv2, self.bn2, self.relu2 = _conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU()
+        self.conv1, self.bn1 = _conv(c_in, width, 3, stride), nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
         self.downsample = self.shortcut(c_in, width * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,10 +51,12 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         c_out = width * self.expansion
-        self.conv1, self.bn1, self.relu1 = _conv(c_in, width, 1), nn.BatchNorm2d(width), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = (_conv(width, width, 3, stride), nn.BatchNorm2d(width),
-                                            nn.ReLU())
-        self.conv3, self.bn3, self.relu3 = _conv(width, c_out, 1), nn.BatchNorm2d(c_out), nn.ReLU()
+        self.conv1, self.bn1 = _conv(c_in, width, 1), nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3, self.bn3 = _conv(width, c_out, 1), nn.BatchNorm2d(c_out)
+        self.relu3 = nn.ReLU()
         self.downsample = _shortcut(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,8 +81,8 @@ class CifarResNet(nn.Module):
         c = stem
         for i, (n, width) in enumerate(zip(blocks, stages, strict=True), 1):
             first, c = block(c, width, stride=1 if i == 1 else 2), width * block.expansion
-            self.add_module(f'layer{i}',
-                            nn.Sequential(first, *(block(c, width) for _ in range(n - 1))))
+            rest = [block(c, width) for _ in range(n - 1)]
+            self.add_module(f'layer{i}', nn.Sequential(first, *rest))
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(c, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -95,8 +98,8 @@ def resnet_widths(
     width: float = 1 # factor, the 4 of resnet32x4
 ) -> tuple:          # channels of the stem and the three stages (equation 2), rounded
     "The channels of a CIFAR ResNet of this width."
-    widths = tuple(round(c) for c in (min(16 * width, max(16, 8 * width)), 16 * width, 32 * width,
-                                      64 * width))
+    stem = min(16 * width, max(16, 8 * width))
+    widths = tuple(round(c) for c in (stem, 16 * width, 32 * width, 64 * width))
     if width > 0 and min(widths) > 0: return widths
     raise ValueError(f'width factor {width} leaves {widths} channels; it must be at least 1/16')
 
@@ -128,7 +131,8 @@ class PaddedShortcut(nn.Module):
         stride: int # 2: every second place
     ):
         super().__init__()
-        self.stride, self.before, self.behind = stride, (c_out - c_in) // 2, (c_out - c_in + 1) // 2
+        self.stride = stride
+        self.before, self.behind = (c_out - c_in) // 2, (c_out - c_in + 1) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[..., ::self.stride, ::self.stride], (0, 0, 0, 0, self.before, self.behind))

@@ -25,11 +25,12 @@ class ShortcutBottleneck(nn.Module):
         stride: int = 1  # 2 halves height and width
     ):
         super().__init__()
-        self.conv1, self.bn1, self.relu1 = _conv(c_in, width, 1), nn.BatchNorm2d(width), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = (_conv(width, width, 3, stride), nn.BatchNorm2d(width),
-                                            nn.ReLU())
-        self.conv3, self.bn3, self.relu3 = (_conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
-                                            nn.ReLU())
+        self.conv1, self.bn1 = _conv(c_in, width, 1), nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.relu3 = nn.ReLU()
         self.shortcut = _shortcut(c_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class ResNet50(nn.Module):
     def __init__(self,
         num_classes: int,              # logits
         blocks: tuple = (3, 4, 6, 3),  # of each stage (He et al., 2016, table 1)
-        width: int = 64 # channels of the stem and inside the blocks of the first stage
+        width: int = 64  # channels of the stem and inside the blocks of the first stage
     ):
         super().__init__()
         self.conv1, self.bn1, self.relu = _conv(3, width, 3), nn.BatchNorm2d(width), nn.ReLU()
@@ -51,9 +52,8 @@ class ResNet50(nn.Module):
         for i, n in enumerate(blocks):
             inside = width * 2**i
             first, c = ShortcutBottleneck(c, inside, stride=2 if i else 1), 4 * inside
-            self.add_module(f'layer{i + 1}',
-                            nn.Sequential(first, *(ShortcutBottleneck(c, inside)
-                                                   for _ in range(n - 1))))
+            rest = [ShortcutBottleneck(c, inside) for _ in range(n - 1)]
+            self.add_module(f'layer{i + 1}', nn.Sequential(first, *rest))
         self.avgpool, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(c, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):

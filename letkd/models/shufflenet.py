@@ -24,8 +24,8 @@ class Shuffle(nn.Module):
 
 # %% ../../nbs/models/shufflenet.ipynb #f76eb9fc
 def _conv_bn(c_in, c_out, size=1, stride=1, groups=1):
-    return nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups,
-                     bias=False), nn.BatchNorm2d(c_out)
+    conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(c_out)
 
 # %% ../../nbs/models/shufflenet.ipynb #34b80411
 class ShuffleUnit(nn.Module):
@@ -34,7 +34,8 @@ class ShuffleUnit(nn.Module):
     def __init__(self,
         c_in: int,        # channels that come in
         c_out: int,       # channels that go out
-        stride: int, # 2: halve height and width, and keep the averaged input as part of the output
+        # 2: halve height and width, and keep the averaged input as part of the output
+        stride: int,
         groups: int,      # of the last convolution
         first_groups: int # of the first
     ):

@@ -23,9 +23,10 @@ class PreactBlock(nn.Module):
         stride: int = 1  # 2 halves height and width
     ):
         super().__init__()
-        self.bn1, self.relu1, self.conv1 = (nn.BatchNorm2d(c_in), nn.ReLU(),
-                                            _conv(c_in, c_out, 3, stride))
-        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(c_out), nn.ReLU(), _conv(c_out, c_out, 3)
+        self.bn1, self.relu1 = nn.BatchNorm2d(c_in), nn.ReLU()
+        self.conv1 = _conv(c_in, c_out, 3, stride)
+        self.bn2, self.relu2 = nn.BatchNorm2d(c_out), nn.ReLU()
+        self.conv2 = _conv(c_out, c_out, 3)
         self.convShortcut = None if (c_in, stride) == (c_out, 1) else _conv(c_in, c_out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:

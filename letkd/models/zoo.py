@@ -45,11 +45,10 @@ families = [
            ('resnet18', 'resnet34', 'mobilenet_v2'), torchvision_weights),
     Family(r'resnet(\d+)(?:x(\d+(?:\.\d+)?))?', resnet,
            ('resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110',
-            'resnet29', 'resnet83',
-            'resnet8x4', 'resnet32x4', 'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5',
-            'resnet56x0.5')),
-    Family(r'resnet(\d+)a', padded_resnet, ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a',
-                                            'resnet110a')),
+            'resnet29', 'resnet83', 'resnet8x4', 'resnet32x4',
+            'resnet8x0.5', 'resnet14x0.5', 'resnet20x0.5', 'resnet56x0.5')),
+    Family(r'resnet(\d+)a', padded_resnet,
+           ('resnet20a', 'resnet32a', 'resnet44a', 'resnet56a', 'resnet110a')),
     Family(r'wrn_(\d+)_(\d+)', wrn, ('wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2')),
     Family('mobilenetv2', mobilenetv2, ('mobilenetv2',)),
     Family('shufflenetv1', shufflenetv1, ('shufflenetv1',)),
@@ -61,8 +60,8 @@ families = [
 
 # %% ../../nbs/models/zoo.ipynb #76cee0cc
 def model_names() -> list: # of strings
-    """The networks in use and your own; families contain more (any resnet of depth 6n+2 or 9n+2,
-    of any width)."""
+    """The networks in use and your own; families contain more (any resnet of depth 6n+2 or
+    9n+2, of any width)."""
     return [name for family in families for name in family.examples] + own_names()
 
 def _argument(text):
@@ -77,8 +76,8 @@ def _find(name):
         if not (match := re.fullmatch(family.pattern, name, re.ASCII)): continue
         arguments = [_argument(g) for g in match.groups() if g]
         if big := [a for a in arguments if not isinstance(a, str) and a > 2000]:
-            raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; expected numbers '
-                             'up to 2000')
+            raise ValueError(f'network {name[:40]!r}: found {big[0]:.4g}; '
+                             'expected numbers up to 2000')
         return family, arguments
     hint = f"; for torchvision's, say 'torchvision/{name}'" if name in torchvision_names() else OWN
     raise nearest('network', name, model_names(), hint)
@@ -127,13 +126,13 @@ def _few(items, most=4):
 def _remedy(weights): # the expression that gives them
     under = ' (here from under model)' if weights.endswith("['model']") else ''
     return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of '
-            '*_last.pth). If you trust its author, '
-            f'copy the weights out once{under}:\n  python -c "import torch; '
-            f'torch.save({weights}, \'weights.pth\')"')
+            f'*_last.pth). If you trust its author, copy the weights out once{under}:\n'
+            f'  python -c "import torch; torch.save({weights}, \'weights.pth\')"')
 
 def _quantised(state): # the names of its entries that are
     small = lambda v: v.is_quantized or v.dtype in (torch.int8, torch.uint8)
-    return [k for k, v in state.items() if k.endswith(('zero_point', '_packed_params'))
+    return [k for k, v in state.items()
+            if k.endswith(('zero_point', '_packed_params'))
             or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
@@ -149,8 +148,8 @@ def read_checkpoint(
         raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the '
                          'weights from before they were quantised')
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
-    keys = (', '.join(f'{key!r:.40}' for key in list(found)[:8]) if isinstance(found, dict)
-            else type(found).__name__)
+    if isinstance(found, dict): keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8])
+    else: keys = type(found).__name__
     raise ValueError(f'{path} holds no state dict; found: {keys or "nothing"}; '
                      f'expected tensors by name, as they are or under one of {_wrappers}')
 
@@ -161,10 +160,11 @@ def _shapes(state):
 # the children that `letkd.taps.insert` makes
 _INSERTED = re.compile(r'((?:.+?\.)?kd_layer(?:_input)?)\.(.+)', re.DOTALL)
 
-def _classifier(shapes # the name of the last matrix that is in no KD layer; '' where there is none
-               ):
-    return ([''] + [name for name, shape in shapes.items() if len(shape) == 2
-                    and not _INSERTED.fullmatch(name)])[-1]
+def _classifier(shapes):
+    "The name of the last matrix that is in no KD layer; '' where there is none."
+    matrices = [name for name, shape in shapes.items()
+                if len(shape) == 2 and not _INSERTED.fullmatch(name)]
+    return matrices[-1] if matrices else ''
 
 def _modules(shapes):
     "{module: {kind of entry: shape}}, in order; without the number of classes."
@@ -187,8 +187,8 @@ def _by_name(ours, theirs): # modules; returns {their name: our name}, or None
     known = {_renamed(module): module for module in ours}
     names = {module: known.get(_renamed(module), module) for module in theirs}
     found = {names[module]: {*kinds} for module, kinds in theirs.items()}
-    return names if found == {module: {*kinds} for module,
-                              kinds in ours.items()} and len(ours) == len(theirs) else None
+    wanted = {module: {*kinds} for module, kinds in ours.items()}
+    return names if found == wanted and len(ours) == len(theirs) else None
 
 # %% ../../nbs/models/zoo.ipynb #bc5cbc5d
 def _counts_up(names):
@@ -210,21 +210,21 @@ def _by_order(ours, theirs): # modules; returns {their name: our name}, or None
     return dict(zip(theirs, ours)) if same and certain else None
 
 # %% ../../nbs/models/zoo.ipynb #588b1b11
-def _own_names(own, state, source=None):
-    # shapes or tensors by name; source: what a warning calls the state
-    """The entries under the network's own names where it is sure which they are, otherwise as they
-    came."""
-    ours, theirs = ({k: v for k, v in of.items() if not k.endswith('num_batches_tracked')}
+def _own_names(own, state, # shapes or tensors by name
+               source=None # what a warning calls the state
+              ):
+    """The entries under the network's own names where it is sure which they are, otherwise
+    as they came."""
+    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()
+                              if not k.endswith('num_batches_tracked')})
                     for of in (own, state))
-    ours, theirs = (_modules({k: tuple(getattr(v, 'shape', v)) for k, v in of.items()})
-                    for of in (ours, theirs))
     if ours.keys() == theirs.keys(): return state
     names = _by_name(ours, theirs)
     if names is None and (names := _by_order(ours, theirs)) and source:
-        warnings.warn(f'{source}: its modules have names of their own and were taken in '
-                      'their order: '
-                      f'{_few([f"{a} as {b}" for a, b in names.items()])}. Names and shapes do not '
-                      'tell how it computes: look at its accuracy')
+        taken = _few([f'{a} as {b}' for a, b in names.items()])
+        warnings.warn(f'{source}: its modules have names of their own and were taken in their '
+                      f'order: {taken}. Names and shapes do not tell how it computes: '
+                      'look at its accuracy')
     if names is None: return state
     moved = lambda module, kind: '.'.join(filter(None, (names.get(module, module), kind)))
     return {moved(*key.rpartition('.')[::2]): v for key, v in state.items()}
@@ -243,9 +243,8 @@ _ANY = 7919  # classes that no network has, for the number of the file's
 @cache
 def _known_shapes(name): return _shapes(outline(name, _ANY).state_dict())
 
-def _all_shapes():
-    # (name, shapes) pairs; your own file may change, and its networks need not take so many
-    # classes
+def _all_shapes(): # yields (name, shapes)
+    # your own file may change, and its networks need not take so many classes
     for name in model_names():
         try: yield name, _known_shapes.__wrapped__(name) if ':' in name else _known_shapes(name)
         except ValueError: pass
@@ -260,11 +259,11 @@ def looks_like(
     if not 0 < classes < 10**6: return ''
     agreement = {}
     for name, any_shapes in _all_shapes():
-        known = {k: tuple(classes if n == _ANY else n for n in shape) for k,
-                 shape in any_shapes.items()}
+        known = {k: tuple(classes if n == _ANY else n for n in shape)
+                 for k, shape in any_shapes.items()}
         found = _own_names(known, shapes)
-        agreement[name] = len(known.items() & found.items()) / len(known.keys()
-                                                                   | found.keys() or {''})
+        same, entries = known.items() & found.items(), known.keys() | found.keys()
+        agreement[name] = len(same) / max(len(entries), 1)
     best = max(agreement, key=agreement.get)
     if agreement[best] < .5: return ''
     share = '' if agreement[best] == 1 else f' ({agreement[best]:.0%} of all entries agree)'
@@ -272,27 +271,26 @@ def looks_like(
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
 def _numbers(x, like):
-    # is this a plain tensor of the same kind of numbers, all of them finite as the network keeps
-    # them?
+    "Is this a plain tensor of the same kind of numbers, all finite as the network keeps them?"
     if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
     return (x.is_floating_point() == like.is_floating_point() and not x.is_complex()
             and bool(x.to(like.dtype).isfinite().all()))
 
 def _misfits(own, state):
-    """One line for each kind of mistake: what is missing, what is too much, of another shape, or
-    NaN."""
+    """One line for each kind of mistake: what is missing, what is too much, of another
+    shape, or NaN."""
     size = lambda x: 'x'.join(map(str, x.shape)) or 'scalar'
     shared = [k for k in own if k in state and state[k].shape == own[k].shape]
     kinds = {'missing': [k for k in own if k not in state],
              'unexpected': [k for k in state if k not in own],
-             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})' for k in own
-                                  if k in state and k not in shared],
-             'with values that are no finite numbers': [k for k in shared
-                                                        if not _numbers(state[k], own[k])]}
+             'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})'
+                                  for k in own if k in state and k not in shared],
+             'with values that are no finite numbers':
+                 [k for k in shared if not _numbers(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
 def _other_classes(own, state):
-    # (theirs, ours) where nothing but the number of classes differs, otherwise None
+    "(theirs, ours) where nothing but the number of classes differs, otherwise None."
     ours, theirs = _shapes(own), _shapes(state)
     if _modules(ours) != _modules(theirs) or ours == theirs: return None
     return tuple(shapes[_classifier(ours)][0] for shapes in (theirs, ours))
@@ -307,23 +305,22 @@ def load_weights(
     "Load weights that fit, or say all that does not fit at once."
     own = model.state_dict()
     state = _own_names(own, state, source)
-    state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v for k,
-             v in state.items()}
+    state = {k: v.reshape(1) if v.ndim == 0 and k in own and own[k].shape == (1,) else v
+             for k, v in state.items()}
     state = {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **state}
     if wrong := _misfits(own, state):
         if n := _other_classes(own, state):
-            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} has '
-                             f'{n[1]}; the rest fits')
-        raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:', *wrong,
-                                      'it looks like '
-                                      f'{looks_like(state) or "no network known here"}']))
+            raise ValueError(f'{source} is for {n[0]} classes, and this {type(model).__name__} '
+                             f'has {n[1]}; the rest fits')
+        like = looks_like(state) or 'no network known here'
+        raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:',
+                                      *wrong, f'it looks like {like}']))
     model.load_state_dict(state)
     return model
 
 # %% ../../nbs/models/zoo.ipynb #b3758c51
 def _said(path) -> tuple:
-    # ({path of a KD layer: its alpha}, {path of what was inserted: its layout}), as far as the file
-    # says
+    "({KD layer's path: its alpha}, {path of what was inserted: its layout}), if the file says so."
     if Path(path).suffix != '.safetensors': return {}, {}
     try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
     except (ValueError, RecursionError): return {}, {}
@@ -336,15 +333,15 @@ def _said(path) -> tuple:
 _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
 
 def _sizes(at, entries, source) -> tuple:
-    # channels and templates of the KD layer at a path, and whether it has an alpha
+    "Channels and templates of the KD layer at a path, and whether it has an alpha."
     templates, embeds = entries.get('templates'), 'semantics' in entries
     names = {'templates', 'scale'} | ({'semantics', 'value_scale'} | _NORM if embeds else set())
     matrix = lambda t: t.ndim == 2 and t.layout is torch.strided and t.is_contiguous()
     if {k for k in entries if 'num_batches' not in k} == names and matrix(templates):
         return *templates.T.shape, embeds
     raise ValueError(f'{source}: found {_few([*entries])} at {at}, which is no KDLayer; only its '
-                     'maker knows how it computes (load_run, '
-                     'for a student of SimKD). Put it there by `insert`, then call `load_weights`')
+                     'maker knows how it computes (load_run, for a student of SimKD). '
+                     'Put it there by `insert`, then call `load_weights`')
 
 def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc:input'
     module, _, name = at.rpartition('.')
@@ -352,20 +349,20 @@ def _tap(at): # 'layer3.kd_layer' stands at 'layer3', 'fc.kd_layer_input' at 'fc
 
 # %% ../../nbs/models/zoo.ipynb #6e39a054
 def _insert_layers(model, state, said, source):
-    """Make room for the KD layers in a state; what stands in no module of this model is left for
-    `load_weights` to complain about."""
+    """Make room for the KD layers in a state; what stands in no module of this model is left
+    for `load_weights` to complain about."""
     (alphas, layouts), known, layers = said, dict(model.named_modules()), {}
     for at, entries in _inserted(state).items():
         if at.rpartition('.')[0] not in known: continue
         tap, path = _tap(at), at
         if at in layouts:  # a `letkd.taps.Placed` around the layer
-            tap, path, entries = (f'{tap}@{layouts[at]}', f'{at}.layer',
-                                  {k.removeprefix('layer.'): v for k, v in entries.items()})
+            tap, path = f'{tap}@{layouts[at]}', f'{at}.layer'
+            entries = {k.removeprefix('layer.'): v for k, v in entries.items()}
         *sizes, embeds = _sizes(at, entries, source)
         layers[tap] = *sizes, alphas.get(path) if embeds else 0
     if silent := [(tap, *sizes) for tap, (*sizes, alpha) in layers.items() if alpha is None]:
-        lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))' for tap,
-                 channels, templates in silent]
+        lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))'
+                 for tap, channels, templates in silent]
         raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not '
                                       'say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))

@@ -79,9 +79,10 @@ _CMAP = ListedColormap(COLOURS).with_extremes(under='white')
 _PITCH = 1.08 # from one picture of a strip to the next; a picture is 1 x 1
 
 def _show(ax, place: int, picture: Tensor): # 3 x h x w bytes, or h x w part codes
-    options = dict(cmap=_CMAP, vmin=0, vmax=11) if picture.ndim == 2 else {}
-    picture, left = (picture.cpu() if picture.ndim == 2 else picture.permute(1, 2, 0).cpu(),
-                     _PITCH * place)
+    options, left = {}, _PITCH * place
+    if picture.ndim == 2: options = dict(cmap=_CMAP, vmin=0, vmax=11)
+    else: picture = picture.permute(1, 2, 0)
+    picture = picture.cpu()
     ax.imshow(picture, extent=(left, left + 1, 1, 0), interpolation='nearest', **options)
     _frame(ax, place, 0, 0, 1, 1, '.6', .6)
 
@@ -91,14 +92,14 @@ def _frame(ax, place: int, x: float, y: float, width: float, height: float, colo
                            linewidth=line))
 
 def _mark(ax, place: int, x: float, y: float, part: int, size: float):
-    # a digit's name, readable on any colour
+    "A digit's name, readable on any colour."
     ax.text(_PITCH * place + x, y, PARTS[part], size=size, weight='bold', ha='center',
             va='center_baseline',
             path_effects=[withStroke(linewidth=size / 4, foreground='white')])
 
 # %% ../../nbs/results/analysis.ipynb #9d415a26
 def _strip(ax, count: int, label: str, names: Iterable[str] = ()):
-    # of `count` pictures; call it when they are drawn
+    "Dress a strip of `count` pictures, when they are drawn."
     names = list(names)
     ax.set(xlim=(-.04, _PITCH * (count - 1) + 1.04), ylim=(1.04, -.04), yticks=[], frame_on=False)
     ax.set_xticks([_PITCH * i + .5 for i in range(len(names))], names)
@@ -108,11 +109,10 @@ def _strip(ax, count: int, label: str, names: Iterable[str] = ()):
 def _strips(rows: int, count: int, title: str = ''
            ) -> tuple: # (figure, axes), with a legend of the parts
     fig, axes = new_figure(1.6 + .8 * count, .6 + .85 * rows, rows, style='white')
-    handles = [Patch(facecolor=colour, edgecolor='.6', label=name) for colour,
-               name in zip(COLOURS, PARTS)]
+    handles = [Patch(facecolor=colour, edgecolor='.6', label=name)
+               for colour, name in zip(COLOURS, PARTS)]
     fig.legend(handles=handles, loc='outside lower center', ncols=12, frameon=False,
-               fontsize='small',
-               handlelength=1, handleheight=1, columnspacing=1)
+               fontsize='small', handlelength=1, handleheight=1, columnspacing=1)
     fig.suptitle(title, fontsize='medium')
     return fig, axes[:, 0]
 
@@ -132,7 +132,8 @@ def show_samples(images: Images, # of DigitPairs
                  count: int = 8, # images shown, the first ones
                 ) -> Figure:    # two rows: pixels, parts
     "Images beside their true parts."
-    parts, count = true_parts(images, images.images.shape[2:]), min(count, len(images))
+    parts = true_parts(images, images.images.shape[2:])
+    count = min(count, len(images))
     fig, (top, bottom) = _strips(2, count)
     for i in range(count):
         _show(top, i, images.images[i])
@@ -164,9 +165,9 @@ def layer_report(distiller: Distiller, # trained, or as it starts
                  batches: Iterable,    # of (images, labels, ...)
                 ) -> pd.DataFrame:     # one row for each KD layer, by its tap
     "What the KD layers of a student do, in eval mode."
-    layers, paths = distiller.layers, {layer: path for path,
-                                       layer in kd_layers(distiller.student).items()}
-    inputs, found = {tap: f'{paths[layer]}:input' for tap, layer in layers.items()}, []
+    layers, found = distiller.layers, []
+    paths = {layer: path for path, layer in kd_layers(distiller.student).items()}
+    inputs = {tap: f'{paths[layer]}:input' for tap, layer in layers.items()}
     for images, labels, *_ in batches:
         targets = distiller.targets(images, labels)
         with evaluating(distiller.student) as student:
@@ -176,8 +177,8 @@ def layer_report(distiller: Distiller, # trained, or as it starts
     totals = pd.DataFrame(found).groupby('tap', sort=False).sum(min_count=1)
     means = totals.div(totals.pixels, axis=0).drop(columns='pixels')
     means['p_S'], means['p_T'] = np.exp(means.p_S), np.exp(means.p_T)
-    about = [dict(tap=tap, templates=len(m.templates), alpha=m.alpha, g=m.scale.item()) for tap,
-             m in layers.items()]
+    about = [dict(tap=tap, templates=len(m.templates), alpha=m.alpha, g=m.scale.item())
+             for tap, m in layers.items()]
     means = means.rename(columns=dict(p_S='perplexity p_S', p_T='perplexity p_T'))
     return pd.DataFrame(about).set_index('tap').join(means)
 
@@ -216,8 +217,10 @@ def meanings(assignment: Tensor, # integers of any shape, below `clusters`
     return torch.where(counts.sum(1) > 0, counts.argmax(1), -1)
 
 # %% ../../nbs/results/analysis.ipynb #8b5d95cd
-def _cells(ax, place: int, parts: Tensor, wrong: Optional[Tensor] = None):
-    # h x w codes, -1 for none; h x w booleans
+def _cells(ax, place: int,
+           parts: Tensor,                  # h x w codes, -1 for none
+           wrong: Optional[Tensor] = None, # h x w booleans
+          ):
     "A grid of coloured cells with their digits."
     _show(ax, place, parts)
     h, w = parts.shape
@@ -229,8 +232,8 @@ def _cells(ax, place: int, parts: Tensor, wrong: Optional[Tensor] = None):
 
 def _right(said: Tensor, truth: Tensor
           ) -> tuple: # (share of the digit cells where both agree, the same by chance)
-    digit, often = truth < BACKGROUND, torch.bincount(said.flatten() + 1,
-                                                      minlength=len(PARTS) + 1) / said.numel()
+    digit = truth < BACKGROUND
+    often = torch.bincount(said.flatten() + 1, minlength=len(PARTS) + 1) / said.numel()
     return (said == truth)[digit].float().mean().item(), often[truth[digit] + 1].mean().item()
 
 # %% ../../nbs/results/analysis.ipynb #f1857046

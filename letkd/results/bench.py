@@ -59,10 +59,14 @@ _reuse = [False] # what holds now, innermost last
 def allocator(reuse: bool): # keep freed memory of the CPU for the next request?
     "Within it, C's allocator does as asked, where it can be asked."
     def apply():
-        for choice in _ALLOCATOR[_reuse[-1]].items(): (libc := _glibc()) and libc.mallopt(*choice)
-    _reuse.append(reuse); apply()
+        if not (libc := _glibc()): return
+        for choice in _ALLOCATOR[_reuse[-1]].items(): libc.mallopt(*choice)
+    _reuse.append(reuse)
+    apply()
     try: yield
-    finally: _reuse.pop(); apply()
+    finally:
+        _reuse.pop()
+        apply()
 
 # %% ../../nbs/results/bench.ipynb #f57ebd35
 def _held(mark: str) -> int: # bytes; 'VmRSS' now, 'VmHWM' at most
@@ -99,16 +103,18 @@ class Shape:
 
 def _products(s: Shape, device, forward: bool = False
              ) -> Callable: # the matrix products of training, or of inference
-    x, w, y, tile = (torch.randn(s.n, s.c, device=device), torch.randn(s.k, s.c, device=device),
-                     torch.empty(s.n, s.c, device=device), 128)
+    x, w = torch.randn(s.n, s.c, device=device), torch.randn(s.k, s.c, device=device)
+    y, tile = torch.empty(s.n, s.c, device=device), 128
     t, p = (torch.randn(n, s.c_t or 1, device=device) for n in (s.n, s.k))
-    wide, work, sums = (w.T.contiguous(), torch.empty(min(tile, s.n), s.k, device=device),
-                        torch.zeros(s.c, s.k, device=device))
+    wide, work = w.T.contiguous(), torch.empty(min(tile, s.n), s.k, device=device)
+    sums = torch.zeros(s.c, s.k, device=device)
     def run():
         for i in range(0, s.n, tile):
             u, out, a = x[i:i + tile], y[i:i + tile], work[:min(tile, s.n - i)]
             if s.c_t and not forward: torch.mm(t[i:i + tile], p.T, out=a)
-            for _ in range(1 if forward else 2): torch.mm(u, wide, out=a); torch.mm(a, w, out=out)
+            for _ in range(1 if forward else 2):
+                torch.mm(u, wide, out=a)
+                torch.mm(a, w, out=out)
             for _ in range(0 if forward else 2): sums.addmm_(u.T, a)
     return run
 
@@ -128,7 +134,8 @@ def _target(s: Shape, device):
 def _training(layer: KDLayer, function: Callable, x, target) -> Callable:
     pull = torch.randn_like(x)
     def run():
-        layer.zero_grad(); x.grad = None
+        layer.zero_grad()
+        x.grad = None
         out, loss = function(x, layer.templates, layer.semantics, layer.scale, layer.value_scale,
                              layer.norm, layer.alpha, target)
         torch.autograd.backward([out, loss], [pull, torch.ones_like(loss)])
@@ -140,18 +147,19 @@ def layer_forms(s: Shape,                # what the layer meets
                 compiled: bool = False,  # the plain form by `torch.compile` too?
                ) -> tuple: # ({form: a training step of the layer}, the form that `KDLayer` takes)
     "The floor and every form of the layer."
-    layer, x, target = (KDLayer(s.c, s.k).to(device),
-                        torch.randn(s.n, s.c, device=device, requires_grad=True),
-                        _target(s, device))
+    layer = KDLayer(s.c, s.k).to(device)
+    x = torch.randn(s.n, s.c, device=device, requires_grad=True)
+    target = _target(s, device)
     chosen = 'plain' if layer._function(x) is kd_layer else 'fused'
-    return dict(floor=_products(s, device), **{name: _training(layer, f, x, target) for name,
-                                               f in _functions(compiled).items()}), chosen
+    forms = dict(floor=_products(s, device))
+    for name, f in _functions(compiled).items(): forms[name] = _training(layer, f, x, target)
+    return forms, chosen
 
 # %% ../../nbs/results/bench.ipynb #1ac8c2d2
 def inference_forms(s: Shape, device: torch.device) -> dict: # {form: a forward pass}
     "The floor and every form of the layer in eval mode."
-    layer, x = (KDLayer(s.c, s.k).to(device).eval().requires_grad_(False),
-                torch.randn(s.n, s.c, device=device))
+    layer = KDLayer(s.c, s.k).to(device).eval().requires_grad_(False)
+    x = torch.randn(s.n, s.c, device=device)
     call = lambda f: lambda: f(x, layer.templates, layer.semantics, layer.scale, layer.value_scale,
                                layer.norm, layer.alpha)
     small, folded = x.view(1, s.n, s.c), layer.fold()
@@ -160,14 +168,14 @@ def inference_forms(s: Shape, device: torch.device) -> dict: # {form: a forward 
 
 # %% ../../nbs/results/bench.ipynb #d428b48c
 def _measure(part: str, case: str, forms: dict, device, budget: tuple, memory: bool = False,
-             warm: bool = True, **about) -> list:
-    # of rows
+             warm: bool = True, **about
+            ) -> list: # of rows
     times = side_by_side(forms, device, *budget, warm=warm)
     floor = times.get('floor', {}).get('seconds')
-    return [dict(part=part, case=case, form=form, **time, **about, over_floor=floor
-                 and time['seconds'] / floor,
-                 memory=extra_memory(forms[form], device) if memory else None) for form,
-            time in times.items()]
+    return [dict(part=part, case=case, form=form, **time, **about,
+                 over_floor=floor and time['seconds'] / floor,
+                 memory=extra_memory(forms[form], device) if memory else None)
+            for form, time in times.items()]
 
 def measure_layer(case: str,            # what to call it
                   s: Shape,             # what it meets
@@ -182,9 +190,9 @@ def measure_layer(case: str,            # what to call it
     return [dict(row, chosen=row['form'] == chosen) for row in found]
 
 # %% ../../nbs/results/bench.ipynb #2c9906da
-PAIRS = ('resnet56-resnet20', 'resnet32x4-resnet8x4', 'wrn_40_2-wrn_16_2', 'wrn_40_2-shufflenetv1',
-         'resnet32x4-shufflenetv2',
-         'resnet50-mobilenetv2')  # one for each student's widths; the other four meet the same
+# one for each student's widths; the other four meet the same
+PAIRS = ('resnet56-resnet20', 'resnet32x4-resnet8x4', 'wrn_40_2-wrn_16_2',
+         'wrn_40_2-shufflenetv1', 'resnet32x4-shufflenetv2', 'resnet50-mobilenetv2')
 
 def _map(name: str, tap: str, resolution: int) -> tuple: # (channels, places) for one image
     model = create_model(name, 10).eval()
@@ -204,11 +212,11 @@ def published_shapes(batch: int = 64,         # images in a step
     for pair in pairs:
         teacher, student = pair.split('-')
         for layer in ('penultimate', 'intermediate'):
-            (s, t), last = pair_taps(student, teacher)[layer], layer == 'penultimate'
+            s, t = pair_taps(student, teacher)[layer]
             channels, places = _map(student, s, resolution)
-            found[f'{pair} {layer}'] = Shape(batch * places, channels, templates if last
-                                             else 8 * classes,
-                                             _map(teacher, t, resolution)[0] if last else None)
+            if layer == 'penultimate': k, theirs = templates, _map(teacher, t, resolution)[0]
+            else: k, theirs = 8 * classes, None
+            found[f'{pair} {layer}'] = Shape(batch * places, channels, k, theirs)
     return found
 
 # %% ../../nbs/results/bench.ipynb #b3e09f57
@@ -232,8 +240,8 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
     options = dict(num_prototypes=scale.templates) if method.startswith('letkd') else {}
     terms = create_terms(method, student, teacher.eval(), Batches(images, scale.batch), **taps,
                          fit=random_fit(classes), **options)
-    distiller = Distiller(channels_last(student) if after else student, teacher,
-                          terms).to(images.device)
+    student = channels_last(student) if after else student
+    distiller = Distiller(student, teacher, terms).to(images.device)
     if after: fold_teacher(distiller)
     if after and compiles(scale, images.device):
         distiller.compile_teacher(images.images[:scale.batch].float())
@@ -244,7 +252,8 @@ def _distiller(method: str, scale, images: Images, after: bool) -> Distiller:
 # %% ../../nbs/results/bench.ipynb #dde6ef6a
 def _stepper(distiller: Distiller, optimiser, batches: Iterable
             ) -> Callable: # one step at each call, the data included
-    device, stream = next(distiller.student.parameters()).device, _forever(batches)
+    device = next(distiller.student.parameters()).device
+    stream = _forever(batches)
     distiller.train()
     meter = Meter(10**6, device)
     def step():
@@ -283,16 +292,16 @@ def _forward(model, x):
     return run
 
 def measure_step(scale, device: torch.device) -> list: # of rows
-    """Steps of the student alone, the teacher alone and each method, before and after; the layers'
-    floors in the same turns."""
+    """Steps of the student alone, the teacher alone and each method, before and after; the
+    layers' floors in the same turns."""
     images = _pictures(scale, device, 2 * scale.batch)
-    forms = {f'{method} {form}': step for method in ('ce', 'kd', 'letkd1', 'letkd2') for form,
-             step in _both(method, scale, images).items()}
-    teacher, x = (create_model(scale.teacher, scale.classes).to(device).eval(),
-                  next(iter(Batches(images, scale.batch)))[0])
+    forms = {f'{method} {form}': step for method in ('ce', 'kd', 'letkd1', 'letkd2')
+             for form, step in _both(method, scale, images).items()}
+    teacher = create_model(scale.teacher, scale.classes).to(device).eval()
+    x = next(iter(Batches(images, scale.batch)))[0]
     folded = inference_form(teacher)
-    for name, model in dict(before=teacher, folded=folded, after=compiled_capture(folded, [], x)
-                            if compiles(scale, device) else folded).items():
+    after = compiled_capture(folded, [], x) if compiles(scale, device) else folded
+    for name, model in dict(before=teacher, folded=folded, after=after).items():
         forms[f'teacher {name}'] = _forward(model, x)
     shapes = published_shapes(scale.batch, scale.resolution, scale.classes, scale.templates,
                               [f'{scale.teacher}-{scale.student}'])
@@ -310,9 +319,9 @@ def _by_default(scale) -> list: # of rows, in a process whose allocator was neve
                     memory=True)
 
 def _elsewhere(name: str, scale) -> list: # what a function of this module returns in a new process
-    code = f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); ' \
-           'from letkd.results import bench; ' \
-           f'print(json.dumps(bench.{name}(bench.Scale(**json.loads(sys.argv[1])))))'
+    code = (f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); '
+            'from letkd.results import bench; '
+            f'print(json.dumps(bench.{name}(bench.Scale(**json.loads(sys.argv[1])))))')
     done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))],
                           capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
@@ -323,8 +332,8 @@ class _Pictures(torch.utils.data.Dataset):
     "Images as torchvision's data sets of this size give them."
     def __init__(self, images: Images):
         from torchvision import transforms as T
-        self.images, self.labels = (images.images.permute(0, 2, 3, 1).cpu().numpy(),
-                                    images.labels.tolist())
+        self.images = images.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.labels = images.labels.tolist()
         side = images.images.shape[2]
         self.transform = T.Compose([T.ToPILImage(), T.RandomCrop(side, padding=side // 8),
                                     T.RandomHorizontalFlip(), T.ToTensor(),
@@ -341,7 +350,8 @@ def _usual_step(scale, images: Images) -> Callable: # one step at each call
     device, seen = images.device, []
     teacher, student = (create_model(name, scale.classes).to(device)
                         for name in (scale.teacher, scale.student))
-    teacher.eval(); student.train()
+    teacher.eval()
+    student.train()
     optimiser = torch.optim.SGD(student.parameters(), lr=.05, momentum=.9, weight_decay=5e-4)
     stream = _forever(_usual_loader(images, scale.batch))
     def step():
@@ -351,7 +361,9 @@ def _usual_step(scale, images: Images) -> Callable: # one step at each call
         kd = F.kl_div(F.log_softmax(logits_s / 4, 1), F.softmax(logits_t / 4, 1),
                       reduction='batchmean') * 16
         loss = .1 * F.cross_entropy(logits_s, y) + .9 * kd
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         right = logits_s.topk(5, 1).indices == y[:, None]
         seen.append((loss.item(), right[:, 0].float().mean().item(),
                      right.any(1).float().mean().item()))
@@ -361,9 +373,8 @@ def _usual_step(scale, images: Images) -> Callable: # one step at each call
 def measure_kd(scale, device: torch.device) -> list: # of rows; `per_second` in images
     "Plain KD with its data: the usual way and ours; then both ways of loading alone."
     images = _pictures(scale, device, 16 * scale.batch)
-    usual, ours = (_forever(_usual_loader(images, scale.batch)),
-                   _forever(Batches(images, scale.batch, Augment(flip=True), shuffle=True,
-                                    drop_last=True)))
+    batches = Batches(images, scale.batch, Augment(flip=True), shuffle=True, drop_last=True)
+    usual, ours = _forever(_usual_loader(images, scale.batch)), _forever(batches)
     kd = dict(usual=_usual_step(scale, images), ours=_both('kd', scale, images)['after'])
     loading = dict(usual=lambda: next(usual), ours=lambda: next(ours))
     found = _measure('kd', f'{scale.teacher}-{scale.student}', kd, device,
@@ -375,26 +386,27 @@ def measure_kd(scale, device: torch.device) -> list: # of rows; `per_second` in 
 # %% ../../nbs/results/bench.ipynb #93b0968d
 def _features(n: int, c: int, classes: int) -> tuple: # rows N x C, labels
     g = torch.Generator().manual_seed(0)
-    means, labels = (torch.randn(classes, c // 2, generator=g),
-                     torch.randint(classes, (n,), generator=g))
+    means = torch.randn(classes, c // 2, generator=g)
+    labels = torch.randint(classes, (n,), generator=g)
     z = means[labels] + torch.randn(n, c // 2, generator=g)
-    return torch.relu(z @ torch.randn(c // 2, c, generator=g) / c**.5
-                      + .1 * torch.randn(n, c, generator=g)), labels
+    x = z @ torch.randn(c // 2, c, generator=g) / c**.5 + .1 * torch.randn(n, c, generator=g)
+    return torch.relu(x), labels
 
 def _kmeans_forms(x, clusters: int, iterations: int, found: dict
                  ) -> dict: # {form: function}; the mean squared distance goes into `found`
     from sklearn.cluster import KMeans
     def ours(): found['ours'] = kmeans(x, clusters, iterations)[1]
     def sklearn():
-        found['scikit-learn'] = KMeans(clusters, n_init=1, max_iter=iterations,
-                                       random_state=0).fit(x.numpy()).inertia_ / len(x)
+        model = KMeans(clusters, n_init=1, max_iter=iterations, random_state=0)
+        found['scikit-learn'] = model.fit(x.numpy()).inertia_ / len(x)
     forms = {'ours': ours, 'scikit-learn': sklearn}
     if not find_spec('faiss'): return forms
     def theirs():
         faiss = import_module('faiss')
         model = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=0,
                              max_points_per_centroid=len(x))
-        model.train(x.numpy()); found['faiss'] = model.index.search(x.numpy(), 1)[0].mean()
+        model.train(x.numpy())
+        found['faiss'] = model.index.search(x.numpy(), 1)[0].mean()
     return dict(forms, faiss=theirs)
 
 # %% ../../nbs/results/bench.ipynb #2a9fde0b
@@ -420,8 +432,8 @@ def _lda_forms(x, labels, dims: int, found: dict
             fitted = LDA(solver=solver, n_components=dims).fit(x.numpy(), labels.numpy())
             found[f'scikit-learn {solver}'] = fitted.scalings_[:, :dims]
         return run
-    return {'ours': ours, **{f'scikit-learn {solver}': theirs(solver)
-                             for solver in ('svd', 'eigen')}}
+    solvers = {f'scikit-learn {solver}': theirs(solver) for solver in ('svd', 'eigen')}
+    return {'ours': ours, **solvers}
 
 # %% ../../nbs/results/bench.ipynb #4a6829c8
 def _sine(a, b) -> float: # of the largest angle between the columns' spaces
@@ -441,16 +453,18 @@ def measure_lda(scale,                 # a `Scale`: how much
 # %% ../../nbs/results/bench.ipynb #42184169
 def measure_growth(scale, device: torch.device) -> list: # of rows
     "The layer against one size at a time."
-    base = dict(zip('nck', scale.growth['base']))
-    shapes = {f'{name} = {value}': Shape(**(base | {name: value}), c_t=(base | {name: value})['c'])
-              for name in 'nck' for value in scale.growth[name]}
+    base, shapes = dict(zip('nck', scale.growth['base'])), {}
+    for name in 'nck':
+        for value in scale.growth[name]:
+            sizes = base | {name: value}
+            shapes[f'{name} = {value}'] = Shape(**sizes, c_t=sizes['c'])
     known = {s: measure_layer('', s, device, (scale.seconds / 4, scale.least), 'growth')
              for s in dict.fromkeys(shapes.values())}
     return [dict(row, case=case) for case, s in shapes.items() for row in known[s]]
 
 def measure_layers(scale, device: torch.device) -> list: # of rows
-    """The layer at the main shape, in training and inference, and at the shapes of the published
-    pairs."""
+    """The layer at the main shape, in training and inference, and at the shapes of the
+    published pairs."""
     main, budget = Shape(*scale.main), (scale.seconds, scale.least)
     found = measure_layer('main', main, device, budget, compiled=compiles(scale, device))
     found += _measure('inference', 'main', inference_forms(main, device), device, budget,
@@ -470,28 +484,31 @@ SETTINGS = {'one thread': dict(OMP_NUM_THREADS='1'), 'default': {}, 'letkd': {},
                for n in (1_000, 3_000, 10_000, 30_000, 100_000)}}
 
 def _answer(scale):
-    # in a process of its own: for each line, a time in seconds, say how long a step takes
+    "In a process of its own: for each line, a time in seconds, say how long a step takes."
     step = _both('ce', scale, _pictures(scale, torch.device('cpu'), 2 * scale.batch))['after']
     for _ in range(3): step()
     print(torch.get_num_threads(), flush=True)
     for line in sys.stdin:
         start, steps = time.perf_counter(), 0
-        while not steps or time.perf_counter() - start < float(line): step(); steps += 1
+        while not steps or time.perf_counter() - start < float(line):
+            step()
+            steps += 1
         print((time.perf_counter() - start) / steps, flush=True)
 
 # %% ../../nbs/results/bench.ipynb #b5cc81b3
+_OPENMP = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')
+
 @contextmanager
 def _process(*words, **environment): # that ends with the block
-    free = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS',
-                                                             'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    free = {k: v for k, v in os.environ.items() if k not in _OPENMP}
     with subprocess.Popen([sys.executable, '-c', *words], env=free | environment,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         try: yield p
         finally: p.kill()
 
 _BUSY = 'import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))'
-_STEPS = ('import os, sys, json; from letkd.runs.jobs import openmp; sys.argv[2] == "letkd" and '
-          'os.environ.update(openmp()); '
+_STEPS = ('import os, sys, json; from letkd.runs.jobs import openmp; '
+          'sys.argv[2] == "letkd" and os.environ.update(openmp()); '
           'from letkd.results import bench; bench._answer(bench.Scale(**json.loads(sys.argv[1])))')
 
 def _ask(p: subprocess.Popen, *question) -> float: # a number on a line
@@ -510,15 +527,15 @@ def measure_threads(scale,                 # a `Scale`: how much
             for _ in range(others): stack.enter_context(_process(_BUSY))
             asked, threads = {}, {}
             for form in scale.settings:  # one after the other: `openmp` looks at what the others do
-                asked[form] = stack.enter_context(_process(_STEPS, json.dumps(asdict(scale)), form,
-                                                           **SETTINGS[form]))
+                process = _process(_STEPS, json.dumps(asdict(scale)), form, **SETTINGS[form])
+                asked[form] = stack.enter_context(process)
                 threads[form] = int(_ask(asked[form]))
             times = [[_ask(p, scale.seconds / 2) for p in asked.values()]
                      for _ in range(scale.least)]
-        for form, (median, low, high) in zip(asked, np.quantile(times, (.5, .25, .75),
-                                                                axis=0).T.tolist()):
-            found.append(dict(part='threads', case=case, form=form, seconds=median, low=low,
-                              high=high, turns=len(times),
+        quartiles = np.quantile(times, (.5, .25, .75), axis=0).T.tolist()
+        for form, (median, low, high) in zip(asked, quartiles):
+            found.append(dict(part='threads', case=case, form=form,
+                              seconds=median, low=low, high=high, turns=len(times),
                               threads=threads[form], per_second=scale.batch / median))
     return found
 
@@ -548,8 +565,7 @@ QUICK = Scale(seconds=0., least=2, pairs=PAIRS[:1], compiled=False,
               growth=dict(base=(1024, 64, 1024), n=(256, 1024), c=(16, 64), k=(64, 1024, 4096)),
               kmeans=(20_000, 64, 256), lda=(100_000, 64, 100))
 PARTS = dict(layer=measure_layers, step=measure_step, kd=measure_kd, lda=measure_lda,
-             kmeans=measure_kmeans, growth=measure_growth,
-             threads=measure_threads)
+             kmeans=measure_kmeans, growth=measure_growth, threads=measure_threads)
 
 # %% ../../nbs/results/bench.ipynb #7c8b8843
 def bench(scale: Scale = FULL,          # how much
@@ -561,17 +577,19 @@ def bench(scale: Scale = FULL,          # how much
     "Measure everything, side by side."
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f'parts: found {", ".join(unknown)}; expected some of {", ".join(PARTS)}')
-    device, before, found = torch.device(device or ('cuda' if torch.cuda.is_available()
-                                                    else 'cpu')), torch.get_num_threads(), []
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), allocator(reuse=True), threadpool_limits(threads):
             torch.manual_seed(0)
             for part in parts:
-                start = time.time(); found += PARTS[part](scale, device)
+                start = time.time()
+                found += PARTS[part](scale, device)
                 say(f'{part}: {time.time() - start:.0f} s')
             made = environment(device)
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     return dict(kind='bench', time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 scale=asdict(scale), rows=found,
                 clock='process' if device.type == 'cpu' and threads == 1 else 'wall', **made)
@@ -601,8 +619,8 @@ class Rows:
 def step_floor(r: Rows, method: str) -> float: # seconds
     "The sum of floors of a step: student, teacher, and the products of the KD layers."
     layers = {'letkd1': ('penultimate',), 'letkd2': ('penultimate', 'intermediate')}.get(method, ())
-    return sum(r.get('step', form) for form in ('ce after', 'teacher after',
-                                                *(f'{layer} floor' for layer in layers)))
+    parts = ['ce after', 'teacher after', *(f'{layer} floor' for layer in layers)]
+    return sum(r.get('step', form) for form in parts)
 
 def _never_slower(r: Rows) -> float: # the worst share of the plain time that the chosen form takes
     cases = [r.of('layer', case) for case in r.cases('layer')]
@@ -610,43 +628,41 @@ def _never_slower(r: Rows) -> float: # the worst share of the plain time that th
                default=float('nan'))
 
 def _over_best(r: Rows, case: str) -> float: # seconds with letkd's settings over the least
-    return (r.get('threads', 'letkd', case=case) / r.of('threads',
-                                                        case).get('seconds',
-                                                                  pd.Series([np.nan])).min())
+    times = r.of('threads', case).get('seconds', pd.Series([np.nan]))
+    return r.get('threads', 'letkd', case=case) / times.min()
 
 # %% ../../nbs/results/bench.ipynb #05d00190
 def targets(record: dict # of `bench`
            ) -> pd.DataFrame: # columns: target, found, wanted, met
     "What was asked for before the work began, and what this run found."
-    r, get = (r := Rows(record)), r.get
-    ratio = lambda part, a, b, value='seconds', **case: get(part, a, value,
-                                                            **case) / get(part, b, value, **case)
-    found = [('layer, fast form: time over floor', get('layer', 'fused', 'over_floor'), '<=', 1.4),
-             ('layer, lean form: time over floor', get('layer', 'lean', 'over_floor'), '<=', 1.8),
-             ('layer, lean form: extra memory, MB', get('layer', 'lean', 'memory') / 1e6, '<=', 48),
-             ('layer, inference: time over floor', get('inference', 'folded', 'over_floor'),
-              '<=', 1.1),
-             ('layer, chosen form against plain, the worst shape', _never_slower(r), '<=', 1.),
-             ('letKD-1 step over the sum of floors',
-              get('step', 'letkd1 after') / step_floor(r, 'letkd1'), '<=', 1.15),
-             ('letKD-1 step, gain over before', ratio('step', 'letkd1 before', 'letkd1 after'),
-              '>=', 1.7),
-             ('the same, default allocator', ratio('step', 'letkd1 before', 'letkd1 after',
-                                                   case='default allocator'), '>=', 3.),
-             ('plain KD with data, gain over the usual way', ratio('kd', 'usual', 'ours'),
-              '>=', 1.4),
-             ('LDA, gain over scikit-learn', ratio('lda', 'scikit-learn svd', 'ours'), '>=', 4.),
-             ('LDA, memory against scikit-learn', ratio('lda', 'ours', 'scikit-learn svd',
-                                                        'memory'), '<=', .2),
-             ('K-means, inertia against scikit-learn',
-              ratio('kmeans', 'ours', 'scikit-learn', 'inertia'), '<=', 1.005),
-             ('K-means, time against scikit-learn', ratio('kmeans', 'ours', 'scikit-learn'),
-              '<=', 1.),
-             *((f'threads, {case} machine: step over that of the best setting', _over_best(r, case),
-                '<=', wanted)
-               for case, wanted in dict(quiet=1.05, busy=1.5).items())]
-    rows = [(name, x, f'{sign} {wanted:g}', x <= wanted if sign == '<=' else x >= wanted) for name,
-            x, sign, wanted in found if x == x]
+    r = Rows(record)
+    get = r.get
+    def ratio(part, a, b, value='seconds', **case):
+        return get(part, a, value, **case) / get(part, b, value, **case)
+    before, after = 'letkd1 before', 'letkd1 after'
+    found = [
+        ('layer, fast form: time over floor', get('layer', 'fused', 'over_floor'), '<=', 1.4),
+        ('layer, lean form: time over floor', get('layer', 'lean', 'over_floor'), '<=', 1.8),
+        ('layer, lean form: extra memory, MB', get('layer', 'lean', 'memory') / 1e6, '<=', 48),
+        ('layer, inference: time over floor', get('inference', 'folded', 'over_floor'), '<=', 1.1),
+        ('layer, chosen form against plain, the worst shape', _never_slower(r), '<=', 1.),
+        ('letKD-1 step over the sum of floors',
+         get('step', after) / step_floor(r, 'letkd1'), '<=', 1.15),
+        ('letKD-1 step, gain over before', ratio('step', before, after), '>=', 1.7),
+        ('the same, default allocator',
+         ratio('step', before, after, case='default allocator'), '>=', 3.),
+        ('plain KD with data, gain over the usual way', ratio('kd', 'usual', 'ours'), '>=', 1.4),
+        ('LDA, gain over scikit-learn', ratio('lda', 'scikit-learn svd', 'ours'), '>=', 4.),
+        ('LDA, memory against scikit-learn',
+         ratio('lda', 'ours', 'scikit-learn svd', 'memory'), '<=', .2),
+        ('K-means, inertia against scikit-learn',
+         ratio('kmeans', 'ours', 'scikit-learn', 'inertia'), '<=', 1.005),
+        ('K-means, time against scikit-learn', ratio('kmeans', 'ours', 'scikit-learn'), '<=', 1.)]
+    for case, wanted in dict(quiet=1.05, busy=1.5).items():
+        found.append((f'threads, {case} machine: step over that of the best setting',
+                      _over_best(r, case), '<=', wanted))
+    rows = [(name, x, f'{sign} {wanted:g}', x <= wanted if sign == '<=' else x >= wanted)
+            for name, x, sign, wanted in found if x == x]
     return pd.DataFrame(rows, columns=['target', 'found', 'wanted', 'met'])
 
 # %% ../../nbs/results/bench.ipynb #f9522183
@@ -657,9 +673,9 @@ _SCALES = dict(seconds=1e3, low=1e3, high=1e3, memory=1e-6)
 _FORMS = dict(over_floor='.2f', sine='.0e', inertia='.4f', per_second=',.0f', threads='.0f')
 
 def _cells(rows: pd.DataFrame) -> pd.DataFrame: # of strings
-    cells = {'\ncase': list(rows.case), '\nform': [f'{form} *' if c is True else form for form,
-                                                   c in zip(rows.index,
-                                                            rows.get('chosen', rows.case))]}
+    chosen = rows.get('chosen', rows.case)
+    cells = {'\ncase': list(rows.case),
+             '\nform': [f'{form} *' if c is True else form for form, c in zip(rows.index, chosen)]}
     for name, heading in _HEADINGS.items():
         if name not in rows: continue
         form = _FORMS.get(name, ',.1f')
@@ -673,8 +689,9 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame: # of strings
 def format_bench(record: dict # of `bench`
                 ) -> str:     # many lines
     "The tables of a run and its targets, as the command prints them."
-    r, machine = (Rows(record), f"{record['device']}, {record['threads']} thread(s), torch "
-                  f"{record['versions']['torch']}")
+    r = Rows(record)
+    machine = (f"{record['device']}, {record['threads']} thread(s), "
+               f"torch {record['versions']['torch']}")
     tables = [block(part, _cells(r.of(part)), 'text') for part in dict.fromkeys(r.frame.part)]
     goals = targets(record).assign(found=lambda t: t.found.map('{:.2f}'.format),
                                    met=lambda t: t.met.map({True: 'yes', False: 'no'}))

@@ -44,15 +44,15 @@ def share_a_digit(classes # names of two digits, such as '37'
 def shared_mass(transition: Tensor, # M
                 classes,            # names of the classes, two digits each
                ) -> dict:           # off_class, shared, chance: shares, 0 to 1
-    """How much of M leaves the class, and which share of that goes to classes with a common digit
-    (equation 1)."""
-    m, related = between_classes(transition.double(),
-                                 len(classes)), share_a_digit(classes).to(transition.device)
-    own, other = m.diagonal().sum().item(), m.sum().item()
-    off = other - own
-    return dict(off_class=off / other, shared=m[related].sum().item() / off if off > 0
-                else float('nan'),
-                chance=related.sum().item() / (len(classes) * (len(classes) - 1)))
+    """How much of M leaves the class, and which share of that goes to classes with a common
+    digit (equation 1)."""
+    m = between_classes(transition.double(), len(classes))
+    related = share_a_digit(classes).to(transition.device)
+    own, whole = m.diagonal().sum().item(), m.sum().item()
+    off = whole - own
+    shared = m[related].sum().item() / off if off > 0 else float('nan')
+    chance = related.sum().item() / (len(classes) * (len(classes) - 1))
+    return dict(off_class=off / whole, shared=shared, chance=chance)
 
 # %% ../../nbs/results/pictures.ipynb #1e01bd42
 @torch.no_grad()
@@ -97,9 +97,10 @@ def patch_at(images: Images,      # N images
     "The region around a cell."
     (h, w), (height, width) = grid, images.images.shape[2:]
     image, place = divmod(int(cell), h * w)
-    cell_h, cell_w, size = height / h, width / w, size or height * 3 // 4
-    top, left = (round((i + .5) * c - size / 2) for i,
-                 c in ((place // w, cell_h), (place % w, cell_w)))
+    size = size or height * 3 // 4
+    cell_h, cell_w = height / h, width / w
+    top, left = (round((i + .5) * c - size / 2)
+                 for i, c in ((place // w, cell_h), (place % w, cell_w)))
     padded = F.pad(images.images[image], (size,) * 4, value=255)
     frame = (place % w) * cell_w - left, (place // w) * cell_h - top, cell_w, cell_h
     return padded[:, top + size:top + 2 * size, left + size:left + 2 * size], frame
@@ -131,8 +132,7 @@ def _in_words(transition: Tensor, classes
     if any(len(c) != 2 or not c.isdigit() for c in classes): return ''
     m = shared_mass(transition, classes)
     return (f"{m['off_class']:.0%} of the mass leaves its class; {m['shared']:.0%} of that goes "
-            f"to classes "
-            f"with the same digit in one place (by chance {m['chance']:.0%})")
+            f"to classes with the same digit in one place (by chance {m['chance']:.0%})")
 
 # %% ../../nbs/results/pictures.ipynb #67ff14e5
 def show_transitions(transition: Tensor, # M, K x K
@@ -158,9 +158,14 @@ def show_transitions(transition: Tensor, # M, K x K
     return fig
 
 # %% ../../nbs/results/pictures.ipynb #5e847ecb
-def _annotated(ax, picture: Tensor, own: Tensor, grid: tuple, marked: dict):
-    # 3 x H x W bytes; h*w numbers; {letter: cell}
-    (h, w), (y, x) = grid, np.divmod(np.arange(len(own)), grid[1])
+def _annotated(ax,
+               picture: Tensor, # 3 x H x W bytes
+               own: Tensor,     # h*w numbers
+               grid: tuple,     # (h, w)
+               marked: dict,    # {letter: cell}
+              ):
+    h, w = grid
+    y, x = np.divmod(np.arange(len(own)), w)
     _show(ax, 0, picture)
     ax.scatter((x + .5) / w, (y + .5) / h, s=1000 / len(own), c=[f'C{n}' for n in own.tolist()],
                edgecolor='white', linewidth=1)
@@ -175,8 +180,10 @@ def _annotated(ax, picture: Tensor, own: Tensor, grid: tuple, marked: dict):
     _strip(ax, 1, '')
 
 # %% ../../nbs/results/pictures.ipynb #fc78687b
-def _mass(ax, p_t: Tensor, own: int, classes, per_class: int, letter: str, bars: int = 8):
-    # K numbers; the image's class
+def _mass(ax,
+          p_t: Tensor, # K numbers
+          own: int,    # the image's class
+          classes, per_class: int, letter: str, bars: int = 8):
     mass, where = p_t.topk(min(bars, len(p_t)))
     names = [f'{classes[k // per_class]}·{k % per_class}' for k in where.tolist()]
     colours = ['.25' if k // per_class == own else '.72' for k in where.tolist()]
@@ -202,8 +209,8 @@ def show_annotations(supervision,     # fitted `SubClasses`
     fig, axes = new_figure(8.2, 1.75 * count, count, 3, style='white', width_ratios=(1, 1.7, 1.7))
     for (picture, *bars), i in zip(axes, range(count)):
         cells = own.view(len(images), -1)[i].cpu()
-        marked, label = dict(a=int(flatness[cells].argmin()),
-                             b=int(flatness[cells].argmax())), int(images.labels[i])
+        marked = dict(a=int(flatness[cells].argmin()), b=int(flatness[cells].argmax()))
+        label = int(images.labels[i])
         _annotated(picture, images.images[i], cells % k, grid, marked)
         picture.set_title(images.classes[label], fontsize=9)
         for ax, (letter, cell) in zip(bars, marked.items()):

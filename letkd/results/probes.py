@@ -69,10 +69,10 @@ def intermediate_probe(distiller: Distiller, # trained, with a term named 'inter
                       ) -> dict:             # {'lda x': top-1 in percent, 'lda xhat': the same}
     "The probe at the input and the output of the intermediate KD layer."
     layers = {term.name: layer for term in distiller.terms for layer in term.layers.values()}
-    if 'intermediate' not in layers: raise ValueError('intermediate_probe: found KD layers of '
-                                                      f'{list(layers) or "no term"}; '
-                                                      "expected one of the term 'intermediate', as "
-                                                      "letkd2 has")
+    if 'intermediate' not in layers:
+        raise ValueError('intermediate_probe: found KD layers of '
+                         f'{list(layers) or "no term"}; expected one of the term '
+                         "'intermediate', as letkd2 has")
     path = next(path for path, layer in kd_layers(distiller.student).items()
                 if layer is layers['intermediate'])
     found = lda_probe(distiller.student, (f'{path}:input', path), known, unseen)
@@ -86,10 +86,10 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
               checkpoint_every: str = '5m', # within an epoch, as for `run`
               log: Optional[str] = None,    # of every epoch, as for `run`
              ) -> dict:                     # its record, with `probe`
-    """Run an experiment if need be, probe its student on training and test images, and note it in
-    the record."""
-    record, path = run(e, out, device, quiet, checkpoint_every,
-                       log), Path(out)/e.folder/'record.json'
+    """Run an experiment if need be, probe its student on training and test images, and note
+    it in the record."""
+    record = run(e, out, device, quiet, checkpoint_every, log)
+    path = Path(out)/e.folder/'record.json'
     if 'probe' in record: return record
     distiller = load_run(e, out, device)
     where = next(distiller.student.parameters()).device
@@ -111,11 +111,12 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
                  ) -> dict:         # {module path: multiply-adds for one image}
     "What a forward pass computes, in the layers that make up its cost (equation 2)."
     found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer)
-    note = (lambda path: lambda module, args,
-            out: found.update({path: found.get(path, 0)
-                               + _adds(module, args[0], out) // len(images)}))
-    hooks = [m.register_forward_hook(note(path)) for path, m in model.named_modules()
-             if isinstance(m, kinds)]
+    def note(path):
+        def hook(module, args, out):
+            found[path] = found.get(path, 0) + _adds(module, args[0], out) // len(images)
+        return hook
+    hooks = [m.register_forward_hook(note(path))
+             for path, m in model.named_modules() if isinstance(m, kinds)]
     try:
         with evaluating(model): model(images)
     finally:
@@ -125,8 +126,8 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
 # %% ../../nbs/results/probes.ipynb #0b2590f5
 def _now(device: torch.device) -> float: # seconds
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    return (time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1
-            else time.perf_counter())
+    if device.type == 'cpu' and torch.get_num_threads() == 1: return time.process_time()
+    return time.perf_counter()
 
 def side_by_side(forms: dict,          # {name: function without arguments}
                  device: torch.device, # that it works on
@@ -141,19 +142,19 @@ def side_by_side(forms: dict,          # {name: function without arguments}
     while len(times) < least or (len(times) < most and time.perf_counter() - start < seconds):
         times.append([])
         for f in forms.values():
-            before = _now(device); f()
+            before = _now(device)
+            f()
             times[-1].append(_now(device) - before)
     quartiles = zip(*np.quantile(times, (.5, .25, .75), axis=0).tolist())
-    return {name: dict(zip(('seconds', 'low', 'high'), q), turns=len(times)) for name,
-            q in zip(forms, quartiles)}
+    return {name: dict(zip(('seconds', 'low', 'high'), q), turns=len(times))
+            for name, q in zip(forms, quartiles)}
 
 # %% ../../nbs/results/probes.ipynb #734396f1
 SHAPES = dict(cifar10=(10, 32), cifar100=(100, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
               digit_pairs=(100, 16), digit_pairs_paper=(100, 32))  # data set: classes, pixels
+# (place, sub-classes in each class or templates): published, % of the seconds
 COSTS = {('intermediate', 8): 2., ('penultimate', 64): 2., ('penultimate', 256): None,
-         ('penultimate', 1024): None,
-         # (place, sub-classes in each class or templates): published, % of the seconds
-         ('penultimate', 4096): 20.}
+         ('penultimate', 1024): None, ('penultimate', 4096): 20.}
 
 def _with_layer(plain: nn.Module, tap: str, templates: int, images: Tensor
                ) -> nn.Module: # a copy with a KD layer
@@ -170,14 +171,14 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
                 device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
                ) -> pd.DataFrame:         # a row for each of `COSTS`
     "What one KD layer adds to a student, on random images; nothing is trained."
-    device, (classes, pixels) = device or ('cuda' if torch.cuda.is_available()
-                                           else 'cpu'), SHAPES[dataset]
-    images, plain = torch.randn(batch, 3, pixels, pixels,
-                                device=device), create_model(student, classes).to(device).eval()
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    classes, pixels = SHAPES[dataset]
+    images = torch.randn(batch, 3, pixels, pixels, device=device)
+    plain = create_model(student, classes).to(device).eval()
     found = []
     for (place, k), theirs in COSTS.items():
-        templates, tap = (k * classes if place == 'intermediate' else k,
-                          getattr(places_of(student), place))
+        templates = k * classes if place == 'intermediate' else k
+        tap = getattr(places_of(student), place)
         found.append(dict(place=place, templates=templates, published=theirs,
                           **_cost(plain, tap, templates, images, rounds)))
     return pd.DataFrame(found)
@@ -185,7 +186,8 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
 # %% ../../nbs/results/probes.ipynb #d2d88dd4
 def _cost(plain: nn.Module, tap: str, templates: int, images: Tensor, rounds: int) -> dict:
     model = _with_layer(plain, tap, templates, images)
-    ((path, layer),), adds = kd_layers(model).items(), multiply_adds(model, images)
+    (path, layer), = kd_layers(model).items()
+    adds = multiply_adds(model, images)
     forms = dict(plain=plain, layer=model, folded=folded(model))
     with torch.no_grad():
         found = side_by_side({name: partial(net, images) for name, net in forms.items()},
@@ -215,23 +217,22 @@ def format_costs(frame: pd.DataFrame,  # of `layer_costs`
     return block(title, pd.DataFrame(cells), style)
 
 # %% ../../nbs/results/probes.ipynb #a978a134
-# images
+# images of each training set
 TRAINING = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet=1_281_167,
                 digit_pairs=20_000, digit_pairs_paper=50_000)
 
 def random_fit(classes: int # Y
               ) -> Callable: # a stand-in for `Setup.fit`, for timing
-    """Fill K-means prototypes and sub-classes with rows and numbers drawn at random; other
-    supervisions stay unfitted."""
+    """Fill K-means prototypes and sub-classes with rows and numbers drawn at random;
+    other supervisions stay unfitted."""
     def fit(supervision, stream):
         r = next(iter(stream))[0]
         if isinstance(supervision, KMeansPrototypes):
             chosen = torch.randint(len(r), (supervision.num_prototypes,), device=r.device)
             supervision.prototypes, supervision.inertia = r[chosen], r.new_zeros(())
         if not isinstance(supervision, SubClasses): return supervision
-        channels, d, k, supervision.num_classes = (r.shape[1],
-                                                   min(supervision.num_dims, r.shape[1]),
-                                                   classes * supervision.per_class, classes)
+        channels, d = r.shape[1], min(supervision.num_dims, r.shape[1])
+        supervision.num_classes, k = classes, classes * supervision.per_class
         found = dict(mean=(channels,), projection=(channels, d), eigenvalues=(d,),
                      prototypes=(k, d), transition=(k, k), sizes=(classes, supervision.per_class))
         for name, shape in found.items():
@@ -246,10 +247,11 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
                  steps: int = 3,    # that are counted, after one that warms up
                  device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
                 ) -> dict:          # per step and image, and for the whole recipe
-    """How long a training step takes on random images, and what that makes for the recipe's epochs;
-    on a CPU in seconds of one core."""
+    """How long a training step takes on random images, and what that makes for the recipe's
+    epochs; on a CPU in seconds of one core."""
     e, device = Experiment.named(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    (classes, pixels), size = SHAPES[e.dataset], batch or e.batch_size
+    classes, pixels = SHAPES[e.dataset]
+    size = batch or e.batch_size
     data = (torch.randn(size, 3, pixels, pixels, device=device),
             torch.arange(size, device=device) % classes, torch.arange(size, device=device))
     student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None

@@ -31,8 +31,8 @@ def published(dataset: str = '', # such as 'cifar100'; all where empty
     frame = pd.read_csv(Path(letkd.__file__).parent/'results'/'published.csv',
                         keep_default_na=False, na_values=dict(sd=['']))
     frame = frame[frame.study == study]
-    return (frame[frame.dataset == dataset] if dataset
-            else frame).drop(columns='study').reset_index(drop=True)
+    if dataset: frame = frame[frame.dataset == dataset]
+    return frame.drop(columns='study').reset_index(drop=True)
 
 # %% ../../nbs/results/published.ipynb #70bf11eb
 def beside(frame: pd.DataFrame, # of `letkd.results.tables.summary`
@@ -72,8 +72,8 @@ def _cells(row: pd.Series, original: bool
           ) -> dict: # {heading: cell}; with the columns of the original recipe?
     number = lambda value, form='.2f': '' if pd.isna(value) else format(value, form)
     spread = lambda mean, sd: number(mean) + ('' if pd.isna(sd) else f' ± {sd:.2f}')
-    cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd), '\nepoch': ''
-             if pd.isna(row.value) else row.epoch or '?'}
+    cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd),
+             '\nepoch': '' if pd.isna(row.value) else row.epoch or '?'}
     for name, prefix in (('ours', ''), *[('original', 'original_')] * original):
         n, last, sd, best, difference = (row[prefix + k] for k in (*_NUMBERS, 'difference'))
         cells |= {f'{name}\nlast epoch': spread(last, sd) + ('' if pd.isna(n) else f' ({n:.0f})'),
@@ -83,7 +83,7 @@ def _cells(row: pd.Series, original: bool
 
 NOTE = ('Epoch: of the published figure; best on the test set, or ? where the source does not say. '
         'Difference: ours at the last epoch less what is published.\n'
-        'Ours: by letKD\'s recipe. Original: by the recipe of the paper that the row comes from, '
+        "Ours: by letKD's recipe. Original: by the recipe of the paper that the row comes from, "
         'where there are such runs.')
 
 # %% ../../nbs/results/published.ipynb #b1d9589f
@@ -94,12 +94,12 @@ def format_beside(frame: pd.DataFrame, # of `beside`
     blocks, original = [], 'original_last' in frame and bool(frame.original_last.notna().any())
     tops = frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})
     for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', tops], sort=False):
-        cells, sources = (pd.DataFrame([_cells(row, original) for _, row in rows.iterrows()]),
-                          '; '.join(filter(None, rows.source.unique())))
+        cells = pd.DataFrame([_cells(row, original) for _, row in rows.iterrows()])
+        sources = '; '.join(filter(None, rows.source.unique())) or 'nothing'
+        title = f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: {sources}"
         notes = ''.join(f'\n\n{row.method}, {row.value:.2f}: {row.note}.'
                         for row in rows.itertuples() if row.note)
-        blocks.append(block(f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: "
-                            f"{sources or 'nothing'}", cells, style) + notes)
+        blocks.append(block(title, cells, style) + notes)
     return '\n\n'.join([*blocks, NOTE])
 
 # %% ../../nbs/results/published.ipynb #a9f3e2f4
@@ -116,8 +116,8 @@ def plot_beside(frame: pd.DataFrame, # of `beside`
     for ax, (pair, rows) in zip(axes.flat, pairs):
         _panel(ax, pair, rows.assign(place=rows.method.map(methods.index)), methods)
     for ax in axes[-1]: ax.set_xlabel('top-1 (%)')
-    handles = {label: handle for ax in axes.flat for handle,
-               label in zip(*ax.get_legend_handles_labels())}
+    handles = {label: handle for ax in axes.flat
+               for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False)
     return fig
 
@@ -204,7 +204,8 @@ CLAIMS = dict(
 # %% ../../nbs/results/published.ipynb #8ae0aefc
 def _study(name: str
           ) -> tuple: # (`Study`, its name in the table); a main table is a study of all its pairs
-    (kind, _, short), kinds = name.rpartition('/'), dict(ablation=ABLATIONS, claims=CLAIMS)
+    kind, _, short = name.rpartition('/')
+    kinds = dict(ablation=ABLATIONS, claims=CLAIMS)
     if short in kinds.get(kind, ()): return kinds[kind][short], short
     if kind or not len(published(name)):
         studies = [*published().dataset.unique(), *(f'ablation/{a}' for a in (*ABLATIONS, 'cost')),
@@ -230,32 +231,35 @@ def study(name: str,         # 'cifar100', 'ablation/layers', 'claims/main': `AB
     "The experiments behind a published table."
     if recipe == 'original' and '/' in name:
         raise ValueError(f"recipe: found 'original' for {name}, whose rows are all by letKD's "
-                         f"recipe; expected a main table, such as cifar100")
-    found = [e for seed in range(seeds) for _, method, _,
-             e in _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)
-             # a teacher that is given is not trained
-             if method != 'teacher' or not e.teacher_checkpoint]
+                         'recipe; expected a main table, such as cifar100')
+    found = []
+    for seed in range(seeds):
+        rows = _experiments(name, dataset, pair, dict(settings, seed=seed), recipe)
+        # a teacher that is given is not trained
+        found += [e for _, method, _, e in rows if method != 'teacher' or not e.teacher_checkpoint]
     return list({e.folder: e for e in found}.values())  # each once: a teacher has many students
 
 # %% ../../nbs/results/published.ipynb #3e5ba6cf
 def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd'
                 ) -> list: # of (published pair, method, options, `Experiment`)
-    where, rows = dataset or ('cifar100' if '/' in name else name), _rows(name)
+    where = dataset or ('cifar100' if '/' in name else name)
+    rows = _rows(name)
     everything = set().union(*(_known(method) for _, method, _ in rows))
     if unknown := set(settings) - everything: raise nearest('setting', min(unknown), everything)
-    settings = (about.settings if (about := _study(name)[0]) else {}) | settings
-    return [(their, method, options.strip(), _experiment(f'{where}/{pair or their}/{method}',
-                                                         method, options, settings, recipe))
+    about, _ = _study(name)
+    if about: settings = about.settings | settings
+    return [(their, method, options.strip(),
+             _experiment(f'{where}/{pair or their}/{method}', method, options, settings, recipe))
             for their, method, options in rows]
 
 def _experiment(name, method, options: str, settings: dict, recipe: str) -> Experiment:
     own = dict(o.split('=') for o in options.strip().split(', ') if o)
-    return Experiment.named(name, recipe, **own, **{k: v for k, v in settings.items()
-                                                    if k in _known(method) - set(own)})
+    others = {k: v for k, v in settings.items() if k in _known(method) - set(own)}
+    return Experiment.named(name, recipe, **own, **others)
 
 def _known(method: str) -> set: # what can be set for a row
-    return ({f.name for f in fields(Experiment)}
-            | set(method_options('ce' if method in ('teacher', 'student') else method)))
+    trained = 'ce' if method in ('teacher', 'student') else method
+    return {f.name for f in fields(Experiment)} | set(method_options(trained))
 
 # %% ../../nbs/results/published.ipynb #5dece947
 def beside_study(name: str,         # 'ablation/layers' and the like
@@ -267,28 +271,27 @@ def beside_study(name: str,         # 'ablation/layers' and the like
     "An ablation's rows with published and our figures."
     (about, short), ours = _study(name), {}
     for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
-    own, columns = [short] if short in ABLATIONS else [], ['pair', 'method', 'options', 'metric']
+    own = [short] if short in ABLATIONS else []
+    columns = ['pair', 'method', 'options', 'metric']
     theirs = pd.concat([published('cifar100', s) for s in ('', *ABLATIONS, *own)])
     theirs = theirs.drop_duplicates(columns, keep='last')
+    here, published_ = _experiments(name, dataset, pair, settings), _experiments(name, '', '', {})
     rows = [dict(pair=where, method=method, options=options, metric=metric,
-                 **_measured(ours.get(row_of(e), []), metric),
-                 key=_words(there.changed), fair=(dataset or 'cifar100', pair or where, e.changed)
-                 == ('cifar100', where, there.changed))
-            for (where, method, options, e),
-            (*_, there) in zip(_experiments(name, dataset, pair, settings),
-                               _experiments(name, '', '', {}))
+                 **_measured(ours.get(row_of(e), []), metric), key=_words(there.changed),
+                 fair=(dataset or 'cifar100', pair or where, e.changed)
+                      == ('cifar100', where, there.changed))
+            for (where, method, options, e), (*_, there) in zip(here, published_)
             for metric in about.metrics]
     theirs = theirs.rename(columns=dict(options='key'))
-    ours, keys = pd.DataFrame(rows).assign(dataset='cifar100'), ['dataset', 'pair', 'method',
-                                                                 'key', 'metric']
+    ours = pd.DataFrame(rows).assign(dataset='cifar100')
+    keys = ['dataset', 'pair', 'method', 'key', 'metric']
     both = ours.merge(theirs, how='left', on=keys).drop(columns='key')
     both = both.fillna(dict(epoch='', source='', note=''))
     return both.assign(difference=(both['last'] - both.value).where(both.fair))
 
 # %% ../../nbs/results/published.ipynb #eb242827
 def _measured(runs: list, metric: str) -> dict: # of records that differ in the seed alone
-    get = ((lambda r: r['top1_last']) if metric == 'top1'
-           else lambda r: r.get('probe', {}).get(metric))
+    def get(r): return r['top1_last'] if metric == 'top1' else r.get('probe', {}).get(metric)
     values = pd.Series([v for v in map(get, runs) if v is not None], dtype=float)
     best = pd.Series([r['top1_best'] for r in runs if metric == 'top1'], dtype=float).mean()
     return dict(n=len(values) or float('nan'), last=values.mean(), last_sd=values.std(ddof=1),
@@ -303,19 +306,20 @@ def format_study(name: str,          # 'ablation/layers' and the like
                  style: str = 'text', # or 'markdown'
                 ) -> str:            # several lines
     "An ablation as the command line prints it."
-    label = lambda r: f'{r.method} {r.options}'.strip() + (f', {r.metric}'
-                                                           if r.metric != 'top1' else '')
+    def label(r):
+        row = f'{r.method} {r.options}'.strip()
+        return row if r.metric == 'top1' else f'{row}, {r.metric}'
     named = frame.assign(method=[label(r) for r in frame.itertuples()])
-    return (f"{name}: {_study(name)[0].question}{where and f'. Ours: {where}'}\n\n"
-            + format_beside(named, style))
+    title = f"{name}: {_study(name)[0].question}{where and f'. Ours: {where}'}"
+    return f'{title}\n\n{format_beside(named, style)}'
 
 # %% ../../nbs/results/published.ipynb #3af42532
 def plot_option(frame: pd.DataFrame, # of `beside_study`; its rows differ in one option
                 title: str = '',     # what ours are on
                ) -> Figure:          # of one panel
     "Top-1 against the option, such as `per_class`."
-    option, x = (frame.options.iloc[0].partition('=')[0],
-                 frame.options.str.partition('=')[2].astype(float))
+    option = frame.options.iloc[0].partition('=')[0]
+    x = frame.options.str.partition('=')[2].astype(float)
     fig, ((ax,),) = new_figure(4.5, 2.8)
     ax.errorbar(x, frame['last'], frame.last_sd, fmt='D-', ms=4, capsize=3, color='C0',
                 label='ours, last epoch')

@@ -40,8 +40,9 @@ class Stranger(Experiment):
 
 @patch(as_prop=True)
 def changed(self: Stranger) -> dict: # {setting: value} of what is not the recipe's, and all options
-    recipe = _settings(self.dataset, self.student, self.teacher or '', 'ce',
-                       {}) if self.dataset in DATASETS else _DEFAULT
+    recipe = _DEFAULT
+    if self.dataset in DATASETS:
+        recipe = _settings(self.dataset, self.student, self.teacher or '', 'ce', {})
     found = {k: v for k, v in asdict(self).items() if k in recipe
              and k not in ('seed', 'teacher', 'method', 'options') and v != recipe[k]}
     return found | self.options
@@ -104,9 +105,8 @@ def _taught(pair: Experiment) -> Experiment: # the row of its teacher; None wher
     if not isinstance(pair, Stranger): return row_of(pair.of_teacher())
     if pair.dataset not in DATASETS: return None
     given = dict({key: getattr(pair, key) for key in _SHARED}, epochs=pair.teacher_epochs)
-    return row_of(_with(pair, student=pair.teacher, teacher=None,
-                        **_settings(pair.dataset, pair.teacher, '', 'ce', given,
-                                    pair.teacher_recipe)))
+    values = _settings(pair.dataset, pair.teacher, '', 'ce', given, pair.teacher_recipe)
+    return row_of(_with(pair, student=pair.teacher, teacher=None, **values))
 
 # %% ../../nbs/results/tables.ipynb #f093e482
 _OWN = ('penultimate', 'intermediate') # fields that belong to a row, as the method's options do
@@ -116,30 +116,29 @@ def _words(settings: dict) -> str: return ', '.join(f'{k}={v}' for k, v in setti
 def unusual(e: Experiment # any
            ) -> tuple:    # (of the pair, of the row)
     "What is not the recipe's, in words; the split has a column of its own."
-    changed = {k: v for k, v in e.changed.items() if k != 'eval_split'
-               and (e.teacher or not k.startswith('teacher_'))}
+    changed = {k: v for k, v in e.changed.items()
+               if k != 'eval_split' and (e.teacher or not k.startswith('teacher_'))}
     own = {k: v for k, v in changed.items() if k in _OWN or k in e.options}
     return _words({k: v for k, v in changed.items() if k not in own}), _words(own)
 
 # %% ../../nbs/results/tables.ipynb #44100dde
 def _measured(runs: list) -> dict: # of records that differ in the seed alone; may be empty
     "Means, spreads and counts of a row."
-    frame = pd.DataFrame(runs, columns=['top1_last', 'top1_best', 'top5_last', 'seconds',
-                                        'parameters'], dtype=float)
+    columns = ['top1_last', 'top1_best', 'top5_last', 'seconds', 'parameters']
+    frame = pd.DataFrame(runs, columns=columns, dtype=float)
     mean, sd = frame.mean(), frame.std(ddof=1)
     taps = pd.DataFrame([r.get('target_perplexity', {}) for r in runs], dtype=float).mean()
     return dict(n=len(runs), top1_last=mean.top1_last, top1_last_sd=sd.top1_last,
                 top1_best=mean.top1_best, top1_best_sd=sd.top1_best, top5_last=mean.top5_last,
-                gain=float('nan'),
-                seconds=mean.seconds, parameters=mean.parameters,
+                gain=float('nan'), seconds=mean.seconds, parameters=mean.parameters,
                 top1_values=[r['top1_last'] for r in runs],
                 curves=[r.get('curve', []) for r in runs],
                 **{f'perplexity {tap}': v for tap, v in taps.items()})
 
 # %% ../../nbs/results/tables.ipynb #d44aef14
-ORDER = ('teacher', 'student', 'ce', 'kd', 'fitnet', 'at', 'ab', 'fsp', 'sp', 'vid', 'crd', 'dkd',
-         'simkd', 'tdd',
-         'quest', 'letkd1', 'letkd2') # then sums, then others
+# then sums, then others
+ORDER = ('teacher', 'student', 'ce', 'kd', 'fitnet', 'at', 'ab', 'fsp', 'sp', 'vid', 'crd',
+         'dkd', 'simkd', 'tdd', 'quest', 'letkd1', 'letkd2')
 
 def _place(label: str) -> tuple: # sorts the rows of a pair
     known = ORDER.index(label) if label in ORDER else len(ORDER) + ('+' not in label)
@@ -151,8 +150,8 @@ def _rows(pair: Experiment, members: dict, plain: dict
     found = [(e.method, unusual(e)[1], runs) for e, runs in members.items()]
     if not pair.teacher: return [('ce', '', plain[pair])]
     taught = plain.get(_taught(pair), {})
-    teacher = {s: r for s, r in taught.items() if s == pair.teacher_seed
-               and not pair.teacher_checkpoint}
+    teacher = {s: r for s, r in taught.items()
+               if s == pair.teacher_seed and not pair.teacher_checkpoint}
     found += [('teacher', '', teacher), ('student', '', plain.get(_alone(pair), {}))]
     return sorted(found, key=lambda r: (_place(r[0]), r[1]))
 
@@ -180,13 +179,13 @@ def _note(e: Experiment, files: dict) -> str: # what is not known here; files: o
     if not isinstance(e, Stranger): return ''
     looks = {'data set': (DATASETS.__getitem__, e.dataset), 'teacher': (_network, e.teacher),
              'student': (_network, e.student), 'method': (addends, e.method)}
-    found = [f'the {what} {name}' for what, (look, name) in looks.items() if name
-             and _error(look, name)]
+    found = [f'the {what} {name}'
+             for what, (look, name) in looks.items() if name and _error(look, name)]
     if not found:
-        found = [f'settings of {e.name}, '
-                 f'{" ".join(str(_error(lambda: Experiment(**vars(e)))).split())[:150]}']
-    return f'Not known here: {", ".join(found)}.' + (' The record was made with --import '
-                                                     f'{" ".join(files)}.' if files else '')
+        error = ' '.join(str(_error(lambda: Experiment(**vars(e)))).split())
+        found = [f'settings of {e.name}, {error[:150]}']
+    said = f'Not known here: {", ".join(found)}.'
+    return said + f' The record was made with --import {" ".join(files)}.' if files else said
 
 def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
     found = [_note(shown(run), run.get('imported', {})) for run in runs.values()]
@@ -243,7 +242,8 @@ def _cells(row: pd.Series) -> dict: # {heading: cell}; a heading may have two li
     return {'\nmethod': label(row),
             'top-1\nlast epoch': _spread(row.top1_last, row.top1_last_sd) + count,
             'top-1\nbest epoch': _spread(row.top1_best, row.top1_best_sd),
-            'top-5\nlast epoch': _number(row.top5_last, '.1f'), '\ngain': _number(row.gain, '+.1f'),
+            'top-5\nlast epoch': _number(row.top5_last, '.1f'),
+            '\ngain': _number(row.gain, '+.1f'),
             '\nseconds': _number(row.seconds, ',.0f' if row.seconds >= 10 else '.1f'),
             '\nparameters': _number(row.parameters, ',.0f'),
             **{k.replace(' ', '\n', 1): _number(v, '.2f') for k, v in row.items()
@@ -271,15 +271,14 @@ def block(title: str,          # the line above
           style: str,          # one of `STYLES`
          ) -> str:             # several lines
     "One table with its title."
-    return '\n'.join([title, '',
-                      *STYLES[style]([[*heading.split('\n'), *column] for heading,
-                                      column in cells.items()])])
+    columns = [[*heading.split('\n'), *column] for heading, column in cells.items()]
+    return '\n'.join([title, '', *STYLES[style](columns)])
 
 # %% ../../nbs/results/tables.ipynb #19e2598a
 NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds).\n'
         'Best epoch: best on the split named above, which also chose it.\n'
-        'Gain: in top-1 at the last epoch, over the student alone with the same settings. Seconds: '
-        'of the training steps.')
+        'Gain: in top-1 at the last epoch, over the student alone with the same settings. '
+        'Seconds: of the training steps.')
 
 def pairs_of(frame: pd.DataFrame): # of `summary`
     "The table pair by pair: (title, rows)."
@@ -300,11 +299,11 @@ def format_table(frame: pd.DataFrame, # of `summary`
     blocks = []
     for title, rows in pairs_of(frame):
         cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
-        blank = [heading for heading, column in cells.items() if 'perplexity' in heading
-                 and not any(column)]
+        blank = [heading for heading, column in cells.items()
+                 if 'perplexity' in heading and not any(column)]
         notes = dict.fromkeys(line for note in rows.note for line in note.splitlines())
-        notes = [line for line in notes if not any(line != other and other.startswith(line)
-                                                   for other in notes)]
+        notes = [line for line in notes
+                 if not any(line != other and other.startswith(line) for other in notes)]
         blocks.append('\n\n'.join([block(title, cells.drop(columns=blank), style), *notes]))
     return '\n\n'.join([*blocks, NOTE])
 
@@ -341,8 +340,7 @@ def _dots(ax, title: str, rows: pd.DataFrame):
     sns.stripplot(long, x='top1_values', y='label', color='.45', marker='|', size=9, linewidth=1.2,
                   jitter=False, ax=ax)
     sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none',
-                  markersize=5,
-                  err_kws=dict(linewidth=2), ax=ax)
+                  markersize=5, err_kws=dict(linewidth=2), ax=ax)
     ax.set(xlabel='', ylabel='')
     ax.set_yticks(ax.get_yticks(), [_short(text.get_text(), 40) for text in ax.get_yticklabels()])
     ax.set_title(_short(title, 90), loc='left', fontsize='medium')

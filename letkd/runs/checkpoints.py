@@ -38,7 +38,7 @@ def _take(lock: FileLock, folder: Path, wait: bool):
 def locked(folder,               # made if missing; the block gets it as a `Path`
            wait: bool = False,   # for another process that holds it, instead of an error
            name: str = '.lock',  # of the lock's file
-          ) -> Iterator[Path]: # the folder
+          ) -> Iterator[Path]:   # the folder
     "Hold a folder, or what `name` stands for in it."
     folder = Path(folder)
     lock = FileLock(folder/name)
@@ -47,8 +47,8 @@ def locked(folder,               # made if missing; the block gets it as a `Path
     finally: lock.release()
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400014
-# how many stay in a folder; a pattern
-KEPT, _NAME = 2, f'checkpoint-{8 * "[0-9]"}-{16 * "[0-9a-f]"}.pt'
+KEPT = 2 # how many stay in a folder
+_NAME = f'checkpoint-{8 * "[0-9]"}-{16 * "[0-9a-f]"}.pt' # a pattern
 
 def _sum(data) -> str: return hashlib.sha256(data).hexdigest()[:16]
 
@@ -71,14 +71,14 @@ def save(self: Checkpoints, state: dict): # tensors, numbers, strings, lists and
 @patch
 def _write(self: Checkpoints, state: dict):
     torch.save(state, buffer := io.BytesIO())
-    data, number = buffer.getbuffer(), 1 + max([int(p.name.split('-')[1]) for p in self.paths()],
-                                               default=0)
+    data = buffer.getbuffer()
+    number = 1 + max([int(p.name.split('-')[1]) for p in self.paths()], default=0)
     path = self.folder/f'checkpoint-{number:08d}-{_sum(data)}.pt'
     try:
         with atomic(path) as part: part.write_bytes(data)
-    except OSError as e: raise OSError(f'{path}: {len(data):,} bytes cannot be written '
-                                       f'({e.strerror}); {self}. '
-                                       'Make room, and the same command goes on') from None
+    except OSError as e:
+        raise OSError(f'{path}: {len(data):,} bytes cannot be written ({e.strerror}); {self}. '
+                      'Make room, and the same command goes on') from None
     for old in self.paths()[KEPT:]: old.unlink()
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400017
@@ -88,8 +88,9 @@ def load(self: Checkpoints) -> Optional[dict]: # None where there is none
     data = agreed(self._sound)
     if data is None: return None
     try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{self.folder}: the newest checkpoint is not one of '
-                                            f'letkd ({type(e).__name__}); delete it') from None
+    except Exception as e:
+        raise ValueError(f'{self.folder}: the newest checkpoint is not one of letkd '
+                         f'({type(e).__name__}); delete it') from None
 
 @patch
 def _sound(self: Checkpoints) -> Optional[bytes]:
@@ -97,8 +98,8 @@ def _sound(self: Checkpoints) -> Optional[bytes]:
     for path in self.paths():
         data = path.read_bytes()
         if _sum(data) == path.stem.split('-')[2]: return data
-        print(f'letkd: {path}: damaged, its SHA-256 begins with {_sum(data)}; passed over, the one '
-              'before it is used', file=sys.stderr)
+        print(f'letkd: {path}: damaged, its SHA-256 begins with {_sum(data)}; passed over, '
+              'the one before it is used', file=sys.stderr)
         path.rename(path.with_suffix('.damaged'))
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c400024
@@ -110,8 +111,8 @@ class Every:
             raise ValueError(f'checkpoint-every: found {text!r}; expected a number of '
                              'steps such as 200, or a time such as 90s, 5m or 2h')
         number, unit = int(found[1]), found[2]
-        self.steps, self.seconds = ((math.inf, number * dict(s=1, m=60, h=3600)[unit]) if unit
-                                    else (number, math.inf))
+        self.steps = math.inf if unit else number
+        self.seconds = number * dict(s=1, m=60, h=3600)[unit] if unit else math.inf
         self.restart()
 
     def restart(self): self.step, self.start = 0, time.monotonic()

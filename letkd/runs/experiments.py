@@ -76,15 +76,15 @@ def _fits(value, kind: type) -> bool: # is this a value of the type, and every n
     if kind is float: return type(value) in (int, float) and abs(value) < 1e300
     if kind is int: return type(value) is int and abs(value) < 2**63
     if kind is tuple:
-        return type(value) is tuple and all(type(v) in (str, int, float, tuple)
-                                            and _fits(v, type(v)) for v in value)
+        return type(value) is tuple and all(
+            type(v) in (str, int, float, tuple) and _fits(v, type(v)) for v in value)
     return type(value) is kind
 
 def _taps(value, default: tuple
          ) -> bool: # a pair of taps, or a tuple of such pairs, as the default is
     if type(value) is not tuple or not value: return False
-    return ([*map(type, value)] == [str, str] if isinstance(default[0], str)
-            else all(_taps(v, default[0]) for v in value))
+    if isinstance(default[0], str): return [*map(type, value)] == [str, str]
+    return all(_taps(v, default[0]) for v in value)
 
 def _misfit(key: str, value, kind) -> ValueError: # kind: a type, several, or words
     words = kind if isinstance(kind, str) else ' or '.join(
@@ -137,26 +137,27 @@ def _check_normalisation(e: Experiment):
     value = e.teacher_normalisation
     if value is None: return
     if e.teacher_checkpoint is None:
-        raise ValueError(f"teacher_normalisation: found {value!r:.80} and no teacher_checkpoint; "
-                         f"expected None, the data set's own: a teacher "
-                         'that is trained here gets these images')
-    mean, std = (_NORMALISATIONS.get(value, (0, 0)) if isinstance(value, str) else value
-                 if len(value) == 2 else (0, 0))
+        raise ValueError(f'teacher_normalisation: found {value!r:.80} and no teacher_checkpoint; '
+                         "expected None, the data set's own: a teacher that is trained here "
+                         'gets these images')
+    if isinstance(value, str): mean, std = _NORMALISATIONS.get(value, (0, 0))
+    else: mean, std = value if len(value) == 2 else (0, 0)
     three = lambda v: type(v) is tuple and len(v) == 3 and all(_fits(x, float) for x in v)
     if not (three(mean) and three(std) and min(std) > 0):
         raise _misfit('teacher_normalisation', value,
-                      "'imagenet', or ((mean of red, green, blue), (their standard "
-                      "deviations)), of "
-                      "pixels from 0 to 1")
+                      "'imagenet', or ((mean of red, green, blue), (their standard deviations)), "
+                      'of pixels from 0 to 1')
 
 # %% ../../nbs/runs/experiments.ipynb #915ebdae
 @lru_cache
-def _outline(name: str, imported: str) -> nn.Module:
-    return outline(name, 2) # imported: what is in your own files
+def _outline(name: str,
+             imported: str, # what is in your own files
+            ) -> nn.Module:
+    return outline(name, 2)
 
 def _network(name: str) -> nn.Module:
-    # without weights: an unknown network or tap is refused here, not after an hour of training the
-    # teacher
+    # without weights: an unknown network or tap is refused here, not after an hour of
+    # training the teacher
     return _outline(name, str(versions()) if ':' in name else '')
 
 def _resolve(name: str, tap: str):
@@ -203,19 +204,19 @@ def named(cls: Experiment,
     if recipe not in RECIPES: raise nearest('recipe', recipe, RECIPES)
     teacher, _, student = networks.rpartition('-')
     if method == 'teacher' and teacher:
-        return cls(dataset, student, teacher, **_settings(dataset, student, teacher, 'ce',
-                                                          dict(teacher_recipe=recipe)
-                                                          | settings)).of_teacher()
+        given = dict(teacher_recipe=recipe) | settings
+        values = _settings(dataset, student, teacher, 'ce', given)
+        return cls(dataset, student, teacher, **values).of_teacher()
     if method in ('student', 'ce'): teacher, method = '', 'ce'
-    return cls(dataset, student, teacher or None, method,
-               **_settings(dataset, student, teacher, method, settings, recipe))
+    values = _settings(dataset, student, teacher, method, settings, recipe)
+    return cls(dataset, student, teacher or None, method, **values)
 
 def _parts(name: str) -> list:
     others = '(?:torchvision|timm)/'  # these names of networks have a slash
     match = re.fullmatch(f'([^/]+)/((?:{others})?[^/]+?(?:-{others}[^/]+)?)(?:/([^/]+))?', name)
     if match: return [*match.groups(default='ce')]
-    raise ValueError(f"experiment: found {name[:80]!r}; expected a name such as "
-                     f"'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
+    raise ValueError(f'experiment: found {name[:80]!r}; expected a name such as '
+                     "'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")
 
 # %% ../../nbs/runs/experiments.ipynb #fed6d481
 def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd'
@@ -223,8 +224,8 @@ def _settings(dataset, student, teacher, method, given: dict, name: str = 'letkd
     recipe, known = _recipe(dataset, student, teacher, method), method_options(method)
     if name == 'original': recipe |= _original(dataset, method)
     options = known | {k: v for k, v in (recipe | recipe.get('options', {})).items() if k in known}
-    values = {f.name: recipe.get(f.name, f.default) for f in fields(Experiment)[4:]
-              if f.name != 'options'}
+    values = {f.name: recipe.get(f.name, f.default)
+              for f in fields(Experiment)[4:] if f.name != 'options'}
     given = dict(given, **given.pop('options', {}))
     for key, value in given.items():
         if key in options: options[key] = _read(key, value, options[key])
@@ -238,22 +239,23 @@ _FIELD_NAMES = [f.name for f in fields(Experiment)]
 _TEXTS = [f.name for f in fields(Experiment) if f.type in (str, Optional[str])]
 
 def _recipe(dataset, student, teacher, method) -> dict: # values of fields, of taps, and `options`
-    entry, own = DATASETS[dataset], DATASETS[dataset].pairs.get(f'{teacher}-{student}', {})
+    entry = DATASETS[dataset]
+    own = entry.pairs.get(f'{teacher}-{student}', {})
     for key in entry.recipe:
         if key not in _FIELD_NAMES: raise nearest(f'recipe of {dataset}', key, _FIELD_NAMES)
-    options = [entry.recipe.get('options', {}), *(own.get(part, {}) for part in method.split('+'))]
+    options = dict(entry.recipe.get('options', {}))
+    for part in method.split('+'): options |= own.get(part, {})
     try: taps = pair_taps(student, teacher) if teacher else {}
     except ValueError: taps = {}  # networks of others: the user gives the taps
-    return (dict(taps, **entry.recipe) | entry.students.get(student, {})
-            | dict(options={k: v for o in options for k, v in o.items()}))
+    return dict(taps, **entry.recipe) | entry.students.get(student, {}) | dict(options=options)
 
 _WORDS = dict(true='True', false='False', none='None')  # of other languages
 
 def _read(key: str, text, default): # a string from the command line, or a value
     "`text` as a value of the type of `default`; what cannot be one is an error that says so."
     value = text
-    if isinstance(text, str) and not isinstance(default, str) and (key not in _TEXTS
-                                                                   or text == 'None'):
+    literal = isinstance(text, str) and not isinstance(default, str)
+    if literal and (key not in _TEXTS or text == 'None'):
         try: value = ast.literal_eval(_WORDS.get(text.lower(), text))
         except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     if isinstance(default, float) and type(value) is int: value = float(value)
@@ -279,24 +281,24 @@ def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `I
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it
-    return '/'.join([self.dataset, f'{self.teacher}-{self.student}' if self.method != 'ce'
-                     else self.student, self.method])
+    networks = self.student if self.method == 'ce' else f'{self.teacher}-{self.student}'
+    return f'{self.dataset}/{networks}/{self.method}'
 
 # %% ../../nbs/runs/experiments.ipynb #95cada61
 @patch(as_prop=True)
 def changed(self: Experiment) -> dict: # {setting: value} of everything that is not the recipe's
     recipe = _settings(self.dataset, self.student, self.teacher, self.method, {})
     found = asdict(self)
-    flat = lambda d: {**{k: v for k, v in d.items() if k in recipe
-                         and k not in ('seed', 'options')}, **d['options']}
+    own = [k for k in found if k in recipe and k not in ('seed', 'options')]
+    flat = lambda d: {**{k: d[k] for k in own}, **d['options']}
     return {k: v for k, v in flat(found).items() if v != flat(recipe)[k]}
 
 @patch(as_prop=True)
 def folder(self: Experiment
           ) -> str: # below `out`: the name, the seed, and a digest of what is not the recipe's
     told = self.changed | _identity(self)
-    return f'{self.name}/seed{self.seed}'.replace(':', '.') + (f'-{digest(told)[:8]}'
-                                                               if told else '')
+    place = f'{self.name}/seed{self.seed}'.replace(':', '.')
+    return f'{place}-{digest(told)[:8]}' if told else place
 
 def _identity(e: Experiment) -> dict: # what stands for the path of its data
     return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))

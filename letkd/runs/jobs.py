@@ -26,8 +26,8 @@ def cores() -> int: # at least 1
 def _idle() -> float: # seconds since the machine started, added over the cores of this process
     lines = map(str.split, Path('/proc/stat').read_text().splitlines())
     own = {f'cpu{i}' for i in os.sched_getaffinity(0)}
-    return sum(int(words[4]) + int(words[5]) for words in lines
-               if words[0] in own) / os.sysconf('SC_CLK_TCK')
+    ticks = sum(int(words[4]) + int(words[5]) for words in lines if words[0] in own)
+    return ticks / os.sysconf('SC_CLK_TCK')
 
 def busy(seconds: float = .2, # to look
         ) -> float:           # 0 .. all of them; 0 where the system does not say
@@ -75,15 +75,18 @@ def _listen(asked: queue.Queue, working: threading.Event):
 def _do(call: Callable, words: list) -> int: # the code of the job
     try: return call(words)
     except SystemExit as e: return e.code if isinstance(e.code, int) else 1
-    except Exception: traceback.print_exc(); return 1  # a defect: the next job may do better
+    except Exception:  # a defect: the next job may do better
+        traceback.print_exc()
+        return 1
 
 def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
     "Be a worker: do what is asked, job by job, until the input ends."
-    out, asked, working = os.fdopen(os.dup(1), 'w', buffering=1), queue.Queue(), threading.Event()
+    out = os.fdopen(os.dup(1), 'w', buffering=1)
+    asked, working = queue.Queue(), threading.Event()
     os.dup2(2, 1)  # what libraries print themselves does not get between
     def tell(**what):
-        with contextlib.suppress(BrokenPipeError):
-            out.write(json.dumps(what) + '\n')  # the parent may be dead
+        with contextlib.suppress(BrokenPipeError):  # the parent may be dead
+            out.write(json.dumps(what) + '\n')
     sys.stdout = sys.stderr = _Said(tell, sys.argv[1:] == ['watched'])
     threading.Thread(target=_listen, args=(asked, working), daemon=True).start()
     for words in iter(asked.get, None):
@@ -151,17 +154,19 @@ class Jobs:
 
     def ready(self) -> Optional[str]: # the first job that can start
         for job, (_, needed) in list(self.waiting.items()):
-            if needed in self.failed: self.failed[job] = None; del self.waiting[job]
+            if needed in self.failed:
+                self.failed[job] = None
+                del self.waiting[job]
             elif needed is None or needed in self.done: return job
 
-    def running(self) -> list:
-        return [w for w in self.workers.values() if w.job] # workers that have a job
+    def running(self) -> list: # workers that have a job
+        return [w for w in self.workers.values() if w.job]
 
     def start(self):
         "Give every worker that has none a job."
         for place in range(self.count):
-            if (worker := self.workers.get(place)) and worker.job or not (job := self.ready()):
-                continue
+            worker = self.workers.get(place)
+            if worker and worker.job or not (job := self.ready()): continue
             if not worker:
                 worker = self.workers[place] = _Worker(self.code, self.board.watched,
                                                        self.told, place)
@@ -181,15 +186,17 @@ def hear(self: Jobs):
         self.note(worker, what['code'], worker.last or f'it ended with code {what["code"]}')
     if 'gone' in what:
         if worker.job:
-            self.note(worker, 1, f'its process ended with code {what["gone"]}'
-                      + ', killed' * (what['gone'] == -9))
+            killed = ', killed' if what['gone'] == -9 else ''
+            self.note(worker, 1, f'its process ended with code {what["gone"]}{killed}')
         del self.workers[worker.place]
 
 @patch
 def note(self: Jobs, worker: _Worker, code: int, last: str):
     "The job of a worker has ended."
     if code: self.failed[worker.job] = last.removeprefix('letkd: ')
-    else: self.done.add(worker.job); self.board.say(last)
+    else:
+        self.done.add(worker.job)
+        self.board.say(last)
     worker.job = worker.last = None
     self.board.show(worker.place)
 
@@ -198,13 +205,15 @@ def note(self: Jobs, worker: _Worker, code: int, last: str):
 def stop(self: Jobs):
     "End all workers; what they are at goes on when it is asked for again."
     if self.running():
-        print(f'letkd: stopping, {len(self.running())} at work save their state first; a second '
-              'time stops at once', file=sys.stderr)
+        print(f'letkd: stopping, {len(self.running())} at work save their state first; '
+              'a second time stops at once', file=sys.stderr)
     for worker in self.workers.values(): worker.process.terminate()
     try:
         while self.workers: self.hear()
     finally:
-        for worker in self.workers.values(): worker.process.kill(); worker.process.wait()
+        for worker in self.workers.values():
+            worker.process.kill()
+            worker.process.wait()
 
 @patch
 def run(self: Jobs
@@ -217,7 +226,8 @@ def run(self: Jobs
         return self.failed
     finally:
         for name in given: del os.environ[name]
-        self.stop(); self.board.close()
+        self.stop()
+        self.board.close()
 
 # %% ../../nbs/runs/jobs.ipynb #4db9cddb
 def reasons(failed: dict, # of `Jobs.run`
@@ -228,7 +238,7 @@ def reasons(failed: dict, # of `Jobs.run`
     if not failed: return ''
     for job, why in failed.items(): known.setdefault(why, []).append(job)
     others = known.pop(None, [])
-    lines = [jobs[0] + (f' and {len(jobs) - 1} more' if jobs[1:] else '') + f': {why}' for why,
-             jobs in known.items()]
+    lines = [jobs[0] + (f' and {len(jobs) - 1} more' if jobs[1:] else '') + f': {why}'
+             for why, jobs in known.items()]
     after = f', so {len(others)} more did not start' if others else ''
     return '\n'.join([f'{len(failed) - len(others)} of {total} runs failed{after}:', *lines])

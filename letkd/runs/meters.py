@@ -40,22 +40,25 @@ def evaluate(model: nn.Module,  # a classifier; its mode is restored
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n)
 
 # %% ../../nbs/runs/meters.ipynb #34459af3
-class NonFiniteLoss(FloatingPointError): "A loss became NaN or infinite."
+class NonFiniteLoss(FloatingPointError):
+    "A loss became NaN or infinite."
 
 class Meter:
     "The losses of an epoch's steps and the share of correct answers, kept on the device."
     def __init__(self, steps: int, device): # steps in the epoch; where the losses are
-        self.every, self.step, self.seen, self.names = (1 if device.type == 'cpu' else 50), 0, 0, []
-        self.steps, self.device, self.rows = steps, device, torch.zeros(0, 1)
+        self.steps, self.device = steps, device
+        self.every = 1 if device.type == 'cpu' else 50
+        self.step, self.seen = 0, 0
+        self.names, self.rows = [], torch.zeros(0, 1)
 
     def add(self, losses: dict, logits: torch.Tensor, labels: torch.Tensor):
         "Note one step."
         if not self.names:
-            self.names, self.rows = list(losses), torch.zeros(self.steps, len(losses) + 2,
-                                                              device=self.device)
+            self.names = list(losses)
+            self.rows = torch.zeros(self.steps, len(losses) + 2, device=self.device)
         correct = (logits.argmax(1) == labels).float().mean()
-        self.rows[self.step] = torch.stack([*(l.detach().float() for l in losses.values()), correct,
-                                            correct.new_tensor(len(labels))])
+        each = [l.detach().float() for l in losses.values()]
+        self.rows[self.step] = torch.stack([*each, correct, correct.new_tensor(len(labels))])
         self.step += 1
         if self.step % self.every == 0 or self.step == self.steps: self.look()
 
@@ -84,14 +87,16 @@ def means(self: Meter) -> dict: # {name: mean so far}, the sum as 'loss', 'train
 @patch
 def load_state_dict(self: Meter, state: dict): # of `state_dict`
     self.names, self.step = state['names'], len(state['rows'])
-    self.seen, self.rows = self.step, torch.zeros(self.steps, len(self.names) + 2,
-                                                  device=self.device)
+    self.seen = self.step
+    self.rows = torch.zeros(self.steps, len(self.names) + 2, device=self.device)
     if self.names: self.rows[:self.step] = state['rows'].to(self.device)
 
 # %% ../../nbs/runs/meters.ipynb #631a99f5
 def interactive() -> bool: # a terminal or a notebook?
     "May a progress bar redraw itself here?"
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
+
+def _clock(seconds: float) -> str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 # %% ../../nbs/runs/meters.ipynb #00dd8977
 class Progress:
@@ -101,22 +106,23 @@ class Progress:
                  training,            # a `Training` to follow
                  quiet: bool = False, # say nothing
                 ):
-        self.title, self.training, self.quiet, self.start, self.done = (title, training, quiet,
-                                                                        time.time(), 0)
-        self.first, self.total = (training.epoch * training.steps + training.meter.step,
-                                  training.epochs * training.steps)
+        self.title, self.training, self.quiet = title, training, quiet
+        self.start, self.done = time.time(), 0
+        self.first = training.epoch * training.steps + training.meter.step
+        self.total = training.epochs * training.steps
         self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit=' steps',
-                        mininterval=.5,
-                        disable=quiet or not interactive(), file=sys.stderr,
-                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} '
-                        'left, {rate_noinv_fmt}{postfix}')
+                        mininterval=.5, disable=quiet or not interactive(), file=sys.stderr,
+                        bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, '
+                                   '{remaining} left, {rate_noinv_fmt}{postfix}')
 
-    def step(self): self.bar.update(); self.done += 1
+    def step(self):
+        self.bar.update()
+        self.done += 1
 
     def epoch(self, row: dict): # the epoch's line of the history
         number, seconds = f'epoch {row["epoch"]}/{self.training.epochs}', time.time() - self.start
-        text = (f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %'
-                + (f', top-1 {row["top1"]:.1f} %' if 'top1' in row else ''))
+        text = f'loss {row["loss"]:.3f}, train {row["train_top1"]:.1f} %'
+        if 'top1' in row: text += f', top-1 {row["top1"]:.1f} %'
         self.bar.set_postfix_str(f'{number}, {text}')
         left = seconds / max(self.done, 1) * (self.total - self.first - self.done)
         if self.bar.disable and not self.quiet:
@@ -125,8 +131,6 @@ class Progress:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
-
-def _clock(seconds: float) -> str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 # %% ../../nbs/runs/meters.ipynb #3e7e0011
 _TAGS = dict(loss='loss/total', train_top1='top-1/train', top1='top-1/eval', top5='top-5/eval',

@@ -31,9 +31,11 @@ _TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'}
 
 @contextmanager
 def joined(device: Optional[str] = None): # 'cpu', 'cuda', or None: CUDA where there is one
-    """Make one group of the processes that torchrun has started, for this block; without torchrun
-    it does nothing."""
-    if not _TORCHRUN <= set(os.environ) or _joined(): yield; return
+    """Make one group of the processes that torchrun has started, for this block; without
+    torchrun it does nothing."""
+    if not _TORCHRUN <= set(os.environ) or _joined():
+        yield
+        return
     if ':' in (device or ''):
         raise ValueError(f'device: found {device!r} with several processes; expected '
                          f'{device.split(":")[0]!r}, each takes one of its own')
@@ -51,7 +53,8 @@ def agreed(make: Callable) -> Any: # () -> value, called by the first process al
     said = [None, False]
     try:
         if rank() == 0: said = [make(), True]
-    finally: dist.broadcast_object_list(said)
+    finally:
+        dist.broadcast_object_list(said)
     if not said[1]: raise SystemExit(2)  # the first one raises its error
     return said[0]
 

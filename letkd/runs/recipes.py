@@ -34,8 +34,8 @@ class DataSet:
     identity: Optional[Callable] = None
 
 def _digit_pairs(e, split: str):
-    size, preset = (e.train_size if split == 'train'
-                    else None), 'paper' if e.dataset.endswith('paper') else 'demo'
+    size = e.train_size if split == 'train' else None
+    preset = 'paper' if e.dataset.endswith('paper') else 'demo'
     return _composed(split, size, resolution=e.resolution, difficulty=e.difficulty, preset=preset)
 
 _composed = lru_cache(4)(digit_pairs)  # the runs of a demo share their images
@@ -45,12 +45,13 @@ def _published(load: Callable, *settings: str
               ) -> Callable: # a reader that can hold out a part of its training images
     def read(e, split: str):
         chosen = {name: getattr(e, name) for name in settings if getattr(e, name)}
-        return load(split, e.train_size if split == 'train' else None, held_out=50
-                    if e.eval_split == 'valid' else 0, **chosen)
+        size = e.train_size if split == 'train' else None
+        return load(split, size, held_out=50 if e.eval_split == 'valid' else 0, **chosen)
     return read
 
 def _folder(e, split: str):
-    return folder(split, e.data, e.train_size if split == 'train' else None, e.resolution,
+    size = e.train_size if split == 'train' else None
+    return folder(split, e.data, size, e.resolution,
                   held_out=.2 if e.eval_split == 'valid' else 0.)
 
 def _tiny(e, split: str): return tiny_imagenet(split, e.train_size if split == 'train' else None)
@@ -62,9 +63,8 @@ def _alphas(penultimate: float, intermediate: float) -> dict: # of letKD on a pa
     one, two = dict(alpha_penultimate=penultimate), dict(alpha_intermediate=intermediate)
     return dict(letkd1=one, letkd_intermediate=two, letkd2=one | two)
 
-# others 8
-_BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2., 'wrn_40_2-wrn_16_2': 6.,
-         'wrn_40_2-wrn_40_1': 6.}
+_BETA = {'resnet56-resnet20': 2., 'resnet110-resnet32': 2.,
+         'wrn_40_2-wrn_16_2': 6., 'wrn_40_2-wrn_40_1': 6.} # others 8
 _DKD = {pair: dict(dkd=dict(dkd_beta=beta)) for pair, beta in _BETA.items()}
 _DKD_PHOTOS = {pair: dict(dkd=dict(dkd_beta=beta, temperature=1., warmup=1 / 100))
                for pair, beta in {'resnet34-resnet18': .5,
@@ -73,11 +73,10 @@ _TDD = dict(tdd=dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 
 
 # %% ../../nbs/runs/recipes.ipynb #70f5edcd
 DATASETS = {
-    'digit_pairs': DataSet(_digit_pairs, dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2,
-                                              schedule='one-cycle',
-                                              train_size=20_000, resolution=16,
-                                              augment=False, amp=True,
-                                              options=dict(num_prototypes=256))),
+    'digit_pairs': DataSet(_digit_pairs,
+                           dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2,
+                                schedule='one-cycle', train_size=20_000, resolution=16,
+                                augment=False, amp=True, options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True)),
     'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True),
                        students=_MOBILE),
@@ -89,9 +88,9 @@ DATASETS = {
                                     'resnet50-mobilenetv2': _alphas(.5, 1.)}),
     'imagenet': DataSet(_published(imagenet, 'resolution'),
                         dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
-                        batch_size=256, weight_decay=1e-4, teacher_checkpoint='IMAGENET1K_V1'),
-                        ResizedCrop(), PhotoBatches,
-                        pairs=_DKD_PHOTOS),
+                             batch_size=256, weight_decay=1e-4,
+                             teacher_checkpoint='IMAGENET1K_V1'),
+                        ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS),
     'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True),
                       folder_batches, _MOBILE, identity=folder_identity),
 }
@@ -108,10 +107,11 @@ _ORIGINAL_PHOTOS = dict(dkd=dict(batch_size=512, lr=.2)) # and of a method on Im
 
 def _original(dataset: str, method: str
              ) -> dict: # {field: value} of the paper that a row of this method comes from
-    parts, pads = method.split('+'), getattr(DATASETS[dataset].augment, 'pad', 0) != 0
-    own = {} if set(parts) & set(_LETKD) else {k: v for part in parts for k,
-                                               v in ORIGINAL.get(part, {}).items()
-                                               if k != 'padding' or pads}
+    parts, entry, own = method.split('+'), DATASETS[dataset], {}
+    if not set(parts) & set(_LETKD):
+        for part in parts: own |= ORIGINAL.get(part, {})
+        if getattr(entry.augment, 'pad', 0) == 0: own.pop('padding', None)
     if dataset == 'imagenet': own |= _ORIGINAL_PHOTOS.get(method, {})
-    return own | ({} if DATASETS[dataset].recipe.get('teacher_checkpoint') or method == 'ce'
-                  else dict(teacher_recipe='original'))
+    if method != 'ce' and not entry.recipe.get('teacher_checkpoint'):
+        own['teacher_recipe'] = 'original'
+    return own

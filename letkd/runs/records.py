@@ -31,9 +31,10 @@ from ..taps import Placed
 def _sha(parts) -> str: # of (name, tensor or array) pairs
     found = hashlib.sha256()
     for name, value in parts:
-        value = (value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                 if torch.is_tensor(value) else value)
-        found.update(name.encode()), found.update(value)
+        if torch.is_tensor(value):
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(name.encode())
+        found.update(value)
     return found.hexdigest()
 
 def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
@@ -82,11 +83,13 @@ def cached(folder,            # where fitted modules are kept
            module: nn.Module, # not fitted yet
            build: Callable,   # fits it, where the file does not exist
           ) -> nn.Module:     # `module`, fitted
-    """Fit a module once for each key, whoever asks: of several processes one does it, and the
-    others wait."""
+    """Fit a module once for each key, whoever asks: of several processes one does it,
+    and the others wait."""
     path = Path(folder)/f'{digest(key)}.safetensors'
     def fit():
-        if not path.exists(): build(); save_module(module, path, key=json.dumps(key))
+        if path.exists(): return
+        build()
+        save_module(module, path, key=json.dumps(key))
     with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
     load_module(module, path, key=json.dumps(key))
     return module
@@ -97,9 +100,8 @@ def environment(device: torch.device) -> dict: # what a number depends on beside
     import numpy, sklearn, torchvision
     found = conditions(device)
     versions = dict(letkd=letkd.__version__, python=platform.python_version(),
-                    torch=found.pop('torch'),
-                    torchvision=torchvision.__version__, numpy=numpy.__version__,
-                    sklearn=sklearn.__version__)
+                    torch=found.pop('torch'), torchvision=torchvision.__version__,
+                    numpy=numpy.__version__, sklearn=sklearn.__version__)
     if device.type == 'cuda':
         versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     return dict(versions=versions, **found, deterministic=_deterministic(device),
@@ -131,16 +133,14 @@ def data_hash(*splits # `Images`; or `Photos`, of which names, labels and resolu
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
     last, best = training.history[-1], max(training.history, key=lambda r: r['top1'])
     student = training.distiller.student
-    return dict(name=e.name, method=e.method, seed=e.seed, dataset=e.dataset, teacher=e.teacher,
-                student=e.student,
-                eval_split=e.eval_split, top1_last=last['top1'], top1_best=best['top1'],
-                epoch_best=best['epoch'],
-                top5_last=last['top5'], train_top1=last['train_top1'], epochs=e.epochs,
-                seconds=round(training.seconds, 1),
+    return dict(name=e.name, method=e.method, seed=e.seed,
+                dataset=e.dataset, teacher=e.teacher, student=e.student, eval_split=e.eval_split,
+                top1_last=last['top1'], top1_best=best['top1'], epoch_best=best['epoch'],
+                top5_last=last['top5'], train_top1=last['train_top1'],
+                epochs=e.epochs, seconds=round(training.seconds, 1),
                 parameters=sum(p.numel() for p in student.parameters()),
                 target_perplexity=perplexities, changed=e.changed, settings=asdict(e),
-                command=e.command, **made,
-                student_hash=weights_hash(student),
+                command=e.command, **made, student_hash=weights_hash(student),
                 curve=[round(r['top1'], 3) for r in training.history],
                 steady=len(training.conditions) == 1,
                 time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
@@ -167,9 +167,8 @@ def read_record(path) -> dict: # a record.json
         raise ValueError(f'{path}: not a record of this version; '
                          f'{", ".join(sorted(missing))} missing')
     curve, taps = record.get('curve', []), record.get('target_perplexity', {})
-    kinds = ([(k, record[k], v) for k, v in _FIELDS.items()]
-             + [('curve', curve, list), ('target_perplexity', taps, dict),
-                ('time', record.get('time', ''), str)])
+    kinds = [*((k, record[k], v) for k, v in _FIELDS.items()), ('curve', curve, list),
+             ('target_perplexity', taps, dict), ('time', record.get('time', ''), str)]
     for key, value, kind in kinds:
         if not _fits(value, kind):
             raise ValueError(f'{path}: not a record: {_misfit(key, value, kind)}')
@@ -189,15 +188,15 @@ def _flat(record: dict) -> dict:
 def differences(record: dict, again: dict) -> list: # two records; returns lines, 'what: one, other'
     "What made two records differ, as far as they say."
     one, other = _flat(record), _flat(again)
-    found = [f'{k}: {one[k]}, now {other.get(k)}' for k in one if one[k] is not None
-             and one[k] != other.get(k)]
-    dirty = (['the tree had changes that are in no commit'] if record.get('dirty')
-             or again.get('dirty') else [])
-    unsteady = (['the conditions changed while it ran']
-                if not (record.get('steady', True) and again.get('steady', True)) else [])
-    vague = (['CUDA without deterministic algorithms: no two runs need be equal']
-             if again.get('deterministic') is False else [])
-    return found + dirty + unsteady + vague
+    found = [f'{k}: {one[k]}, now {other.get(k)}'
+             for k in one if one[k] is not None and one[k] != other.get(k)]
+    if record.get('dirty') or again.get('dirty'):
+        found.append('the tree had changes that are in no commit')
+    if not (record.get('steady', True) and again.get('steady', True)):
+        found.append('the conditions changed while it ran')
+    if again.get('deterministic') is False:
+        found.append('CUDA without deterministic algorithms: no two runs need be equal')
+    return found
 
 # %% ../../nbs/runs/records.ipynb #21a00006
 def compare(record: dict, # as published

@@ -61,8 +61,9 @@ def prepare(e: Experiment,                # what to run
     _check_last(e, len(images))
     if addends(e.method): _check_rows(e, images)
     settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
-    batches, plain = entry.batches(images, _batch_size(e, len(images), quiet), _augment(e),
-                                   **settings), entry.batches(images, 500)
+    batch_size = _batch_size(e, len(images), quiet)
+    batches = entry.batches(images, batch_size, _augment(e), **settings)
+    plain = entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
@@ -79,11 +80,12 @@ def prepare(e: Experiment,                # what to run
 # %% ../../nbs/runs/running.ipynb #b23a1ff6
 def _augment(e: Experiment): # for `DataSet.batches`
     augment = DATASETS[e.dataset].augment if e.augment else None
-    return replace(augment, mode=e.padding) if e.padding != 'reflect' and augment else augment
+    if augment and e.padding != 'reflect': return replace(augment, mode=e.padding)
+    return augment
 
 def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training images
-    """A set that is smaller than a batch is one; its teacher's, whose batches are the recipe's, has
-    to train on it too."""
+    """A set that is smaller than a batch is one; its teacher's, whose batches are the
+    recipe's, has to train on it too."""
     if count >= e.batch_size: return e.batch_size
     if not (quiet or rank()):
         print(f'{e.name}: {count} training images are one batch, where batch_size is '
@@ -93,10 +95,10 @@ def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training im
 def _check_last(e: Experiment, count: int): # training images
     "Can the last batch of an epoch be trained on?"
     last = 0 if e.drop_last else count % e.batch_size
-    if last == 1: raise ValueError(f'drop_last: found a last batch of one image, {count} images in '
-                                   f'batches of {e.batch_size}; batch normalisation '
-                                   'needs more than one: expected another batch_size, or '
-                                   'drop_last=True')
+    if last == 1:
+        raise ValueError(f'drop_last: found a last batch of one image, {count} images in batches '
+                         f'of {e.batch_size}; batch normalisation needs more than one: '
+                         'expected another batch_size, or drop_last=True')
     if not e.drop_last and (e.batch_size % processes() or last % processes()):
         raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for '
                          f'{processes()} processes; expected one that they share equally')
@@ -109,18 +111,18 @@ def _check_classes(e: Experiment, known, unseen): # images to train on and to ev
                          f'{e.eval_split}, {unseen.classes[:4]}; expected the same')
 
 def _check_rows(e: Experiment, images):
-    """Are there as many positions as prototypes? Asked before a teacher is trained for them;
-    networks of others may not run without weights."""
-    wanted, model = (0 if e.options.get('kernels') else e.options.get('num_prototypes', 0),
-                     _network(e.student).eval())
+    """Are there as many positions as prototypes? Asked before a teacher is trained for
+    them; networks of others may not run without weights."""
+    wanted = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0)
+    model = _network(e.student).eval()
     try:
         with torch.no_grad(), capture(model, e.penultimate[:1]) as maps:
             model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
         height, width = grid_of(maps[e.penultimate[0]])
     except Exception: return
     if (found := len(images) * height * width) < wanted:
-        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of {height} x '
-                         f'{width} positions in {e.student}; '
+        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of '
+                         f'{height} x {width} positions in {e.student}; '
                          f'expected at least num_prototypes = {wanted}')
 
 # %% ../../nbs/runs/running.ipynb #3c5e16ce
@@ -132,8 +134,8 @@ def run(e: Experiment,                # what to run
         log: Optional[str] = None,    # one of `letkd.runs.meters.LOGS`, of every epoch
         wait: bool = False,           # for another process that runs the same, instead of an error
        ) -> dict:                     # the record
-    """Run an experiment, its teacher first; what is done is not done again, what was interrupted
-    goes on."""
+    """Run an experiment, its teacher first; what is done is not done again, what was
+    interrupted goes on."""
     folder = Path(out)/e.folder
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     _check_here(e, device, log)
@@ -144,8 +146,8 @@ def run(e: Experiment,                # what to run
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500,
                                              share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
-            if done := agreed(lambda: _finished(folder)):
-                return done  # by the one that was waited for
+            # by the one that was waited for
+            if done := agreed(lambda: _finished(folder)): return done
             agreed(lambda: _announce(e, folder, quiet))
             perplexities = _first_look(e, training.distiller, plain)
             with _log(log, folder, perplexities) as watched:
@@ -159,8 +161,8 @@ def _check_here(e: Experiment, device: Optional[str], log: Optional[str]):
     # what only this machine can tell
     check_log(log)
     if e.sync_bn and _device(device).type != 'cuda':
-        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, PyTorch has '
-                         'no SyncBatchNorm elsewhere')
+        raise ValueError(f'sync_bn: found the device {_device(device)}; expected cuda, '
+                         'PyTorch has no SyncBatchNorm elsewhere')
 
 # %% ../../nbs/runs/running.ipynb #21a00003
 def _finished(folder: Path) -> Optional[dict]: # the record of a run that is done
@@ -168,7 +170,9 @@ def _finished(folder: Path) -> Optional[dict]: # the record of a run that is don
 
 @contextmanager
 def _log(name: Optional[str], folder: Path, perplexities: dict):
-    if name is None or rank(): yield None; return
+    if name is None or rank():
+        yield None
+        return
     log = LOGS[name](folder, **{f'perplexity/{tap}': value for tap, value in perplexities.items()})
     try: yield log
     finally: log.close()
@@ -186,8 +190,8 @@ def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict,
     images = seen(training.batches.images)
     save_module(training.distiller.student, folder/'student.safetensors', model=e.student,
                 name=e.name, images=images)
-    write_text(folder/'record.json', json.dumps(_record(e, training, perplexities, made),
-                                                indent=1) + '\n')
+    record = _record(e, training, perplexities, made)
+    write_text(folder/'record.json', json.dumps(record, indent=1) + '\n')
     return read_record(folder/'record.json')
 
 # %% ../../nbs/runs/running.ipynb #f9e92b66
@@ -216,8 +220,8 @@ def _recommendation(e: Experiment) -> str: # of taps
     images = next(iter(DATASETS[e.dataset].batches(e.load(e.eval_split), 2)))[0]
     try: ours, theirs = (_natural(name, images) for name in (e.student, e.teacher))
     except ValueError: return known  # images of another size are needed
-    pairs = {role: (ours[role], theirs[role]) for role in ('penultimate', 'intermediate')
-             if role in ours and role in theirs}
+    pairs = {role: (ours[role], theirs[role])
+             for role in ('penultimate', 'intermediate') if role in ours and role in theirs}
     usual = ' '.join(f'--set {role}="{pair}"' for role, pair in pairs.items())
     return f'{known}; usual ones: {usual}' if usual else known
 
@@ -233,8 +237,8 @@ def load_run(e: Experiment, # a run that is done
              out = 'runs',  # folder of all runs
              device: Optional[str] = None, # None: 'cuda' where there is one
             ) -> Distiller: # in eval mode
-    """The distiller of a finished run: the trained student with its KD layers, the teacher, the
-    fitted supervisions."""
+    """The distiller of a finished run: the trained student with its KD layers, the
+    teacher, the fitted supervisions."""
     path = Path(out)/e.folder/'student.safetensors'
     if not path.exists(): raise FileNotFoundError(f'{path}: not found; run {e.name} first')
     with torch.random.fork_rng():
@@ -255,24 +259,24 @@ class Renormalise(nn.Module):
         self.register_buffer('gain', (std / std_).float())
         self.register_buffer('shift', ((mean - mean_) / std_).float())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gain + self.shift # B x 3 x H x W, both
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # B x 3 x H x W, both
+        return x * self.gain + self.shift
 
 # %% ../../nbs/runs/running.ipynb #f4042ef7
 def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
     "How good a teacher from a file is; a run that is done says it in its record."
     if done := agreed(lambda: _finished(Path(out)/e.folder)): return done.get('teacher_top1')
-    top1 = evaluate(teacher, DATASETS[e.dataset].batches(images, 500,
-                                                         share=(rank(), processes())))['top1']
-    said, chance = (f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, '
-                    f'{e.eval_split}', 100 / len(images.classes))
+    batches = DATASETS[e.dataset].batches(images, 500, share=(rank(), processes()))
+    top1, chance = evaluate(teacher, batches)['top1'], 100 / len(images.classes)
+    said = (f'{e.teacher} of {e.teacher_checkpoint}: {top1:.2f} % top-1 on {e.dataset}, '
+            f'{e.eval_split}')
     if rank() == 0: print(said, flush=True)  # a result, even where progress is not wanted
     if top1 < min(3 * chance, (100 + chance) / 2):
         other = "None, the data set's own" if e.teacher_normalisation else "'imagenet', say"
         warnings.warn(f'{said}; chance is {chance:.2f} %. Probable reasons: it wants its images '
-                      f'normalised otherwise (teacher_normalisation={other}), '
-                      'its classes stand in another order, it learned from another data set, or it '
-                      'computes otherwise under the same names')
+                      f'normalised otherwise (teacher_normalisation={other}), its classes stand '
+                      'in another order, it learned from another data set, or it computes '
+                      'otherwise under the same names')
     return top1
 
 # %% ../../nbs/runs/running.ipynb #d0e21649
@@ -302,11 +306,11 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
     "How `create_terms` fits a supervision: from the cache where it can."
     def fit(supervision, rows):
         settings = {k: v for k, v in vars(supervision).items()
-                    if isinstance(v, (int, float, str, tuple)) and not k.startswith('_')
-                    and k != 'training'}
+                    if isinstance(v, (int, float, str, tuple))
+                    and not k.startswith('_') and k != 'training'}
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
-        key = dict(kind=type(supervision).__name__, settings=settings, data=data, tap=rows.tap,
-                   grid=rows.grid, version=letkd.__version__,
+        key = dict(kind=type(supervision).__name__, settings=settings, data=data,
+                   tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
         if not type(supervision).__module__.startswith('letkd.'): key |= dict(imported=versions())
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
@@ -316,8 +320,8 @@ def _first_look(e: Experiment, distiller: Distiller, batches
                ) -> dict: # {tap: perplexity of the target there}, on 500 images
     "What the teacher says of the first batch; then it is remembered or compiled, where asked."
     images, labels, _ = next(iter(batches))
-    perplexities = {tap: round(perplexity(target), 4) for tap,
-                    target in distiller.targets(images, labels).items()}
+    perplexities = {tap: round(perplexity(target), 4)
+                    for tap, target in distiller.targets(images, labels).items()}
     remembered = not e.augment and distiller.remember(batches, len(batches.images))
     if e.compile and not remembered: distiller.compile_teacher(images[:e.batch_size])
     return perplexities

@@ -26,7 +26,10 @@ from ..taps import evaluating
 # %% ../../nbs/runs/shipping.ipynb #72073eee
 class _Bytes(nn.Module):
     "A network behind the normalisation of its images."
-    def __init__(self, network: nn.Module, like: Tensor, mean, std # like: of the type of its images
+    def __init__(self,
+                 network: nn.Module,
+                 like: Tensor, # of the type of its images
+                 mean, std,    # of each channel, in units of full intensity
                 ):
         super().__init__()
         self.network = network
@@ -43,26 +46,25 @@ class _Bytes(nn.Module):
 _BATCH = ({0: torch.export.Dim('batch')},)
 
 def _write_pt2(model: nn.Module, x: Tensor, about: str) -> bytes:
-    program, file = torch.export.export(model, (x,), dynamic_shapes=_BATCH), io.BytesIO()
-    torch.export.save(program, file, extra_files=dict(about=about))
+    program = torch.export.export(model, (x,), dynamic_shapes=_BATCH)
+    torch.export.save(program, file := io.BytesIO(), extra_files=dict(about=about))
     return file.getvalue()
 
 def _read_pt2(data: bytes, model: nn.Module) -> Callable:
     return torch.export.load(io.BytesIO(data)).module()
 
 # %% ../../nbs/runs/shipping.ipynb #5d5e34eb
-_DYNAMO = getattr(inspect.signature(torch.onnx.export).parameters.get('dynamo'), 'default', False)
+_OPTIONS = inspect.signature(torch.onnx.export).parameters
+_DYNAMO = getattr(_OPTIONS.get('dynamo'), 'default', False)
 
 def _write_onnx(model: nn.Module, x: Tensor, about: str, dynamo: bool = _DYNAMO) -> bytes:
     import onnx
     names = dict(input_names=['images'], output_names=['logits'], verbose=False)
     if dynamo:
-        proto = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=_BATCH,
-                                  **names).model_proto
+        program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=_BATCH, **names)
+        proto = program.model_proto
     else:
-        older, axes = (dict(dynamo=False)
-                       if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {},
-                       {0: 'batch'})
+        older, axes = dict(dynamo=False) if 'dynamo' in _OPTIONS else {}, {0: 'batch'}
         torch.onnx.export(model, (x,), file := io.BytesIO(),
                           dynamic_axes=dict(images=axes, logits=axes), **names, **older)
         proto = onnx.load_from_string(file.getvalue())
@@ -88,8 +90,8 @@ def _read_ts(data: bytes, model: nn.Module) -> Callable: return torch.jit.load(i
 
 # %% ../../nbs/runs/shipping.ipynb #3558710b
 def _write_safetensors(model: nn.Module, x: Tensor, about: str) -> bytes:
-    state = {name: v.detach().clone(memory_format=torch.contiguous_format) for name,
-             v in model.state_dict().items()}
+    state = {name: v.detach().clone(memory_format=torch.contiguous_format)
+             for name, v in model.state_dict().items()}
     return safetensors.torch.save(state, metadata=dict(about=about))
 
 def _read_safetensors(data: bytes, model: nn.Module) -> Callable:
@@ -100,9 +102,11 @@ def _read_safetensors(data: bytes, model: nn.Module) -> Callable:
     return model
 
 # %% ../../nbs/runs/shipping.ipynb #f9879e7e
-FORMS = {'.pt2': (_write_pt2, _read_pt2), '.onnx': (_write_onnx, _read_onnx),
+# ending: writer, reader
+FORMS = {'.pt2': (_write_pt2, _read_pt2),
+         '.onnx': (_write_onnx, _read_onnx),
          '.ts': (_write_ts, _read_ts),
-         '.safetensors': (_write_safetensors, _read_safetensors)} # ending: writer, reader
+         '.safetensors': (_write_safetensors, _read_safetensors)}
 _NEEDS = {'.onnx': ('onnx', 'onnxruntime', 'onnxscript')}
 
 def _form(path: Path, bytes_: bool = False) -> tuple: # (writer, reader)
@@ -112,8 +116,8 @@ def _form(path: Path, bytes_: bool = False) -> tuple: # (writer, reader)
     for name in _NEEDS.get(path.suffix, ()):
         try: importlib.import_module(name)
         except ImportError:
-            raise ImportError(f"{path}: {path.suffix} needs {name}, which is not installed; pip "
-                              f"install 'letkd[onnx]'") from None
+            raise ImportError(f'{path}: {path.suffix} needs {name}, which is not installed; '
+                              "pip install 'letkd[onnx]'") from None
     if bytes_ and path.suffix == '.safetensors':
         raise ValueError(f'{path}: found images of bytes; weights normalise nothing, give '
                          'images as the student takes them, or choose .pt2, .onnx or .ts')
@@ -122,19 +126,20 @@ def _form(path: Path, bytes_: bool = False) -> tuple: # (writer, reader)
 # %% ../../nbs/runs/shipping.ipynb #78288787
 def _batches(images: Tensor) -> list: # of several sizes
     g = torch.Generator().manual_seed(0)
-    random = lambda n: torch.randint(0, 256, (n, *images.shape[1:]), generator=g,
-                                     dtype=torch.uint8) \
-        if images.dtype == torch.uint8 else torch.randn(n, *images.shape[1:],
-                                                        generator=g).to(images)
+    bytes_, shape = images.dtype == torch.uint8, images.shape[1:]
+    def random(n):
+        if bytes_: return torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8)
+        return torch.randn(n, *shape, generator=g).to(images)
     one, five = random(1), random(5)
-    return [images[:64], one, five, 255 - five if images.dtype == torch.uint8 else -five]
+    return [images[:64], one, five, 255 - five if bytes_ else -five]
 
 def _agreement(expected: Tensor, found: Tensor) -> dict: # logits
-    """The largest difference over the largest logit, and on how many images both choose the same
-    class."""
+    """The largest difference over the largest logit, and on how many images both choose
+    the same class."""
     expected, found = expected.double(), found.double()
-    return dict(difference=((found - expected).abs().max() / expected.abs().max()).item(),
-                same=int((found.argmax(1) == expected.argmax(1)).sum()), images=len(expected))
+    difference = (found - expected).abs().max() / expected.abs().max()
+    same = (found.argmax(1) == expected.argmax(1)).sum()
+    return dict(difference=difference.item(), same=int(same), images=len(expected))
 
 # %% ../../nbs/runs/shipping.ipynb #1f80f42d
 def _by_student(student: nn.Module, mean, std
@@ -148,8 +153,8 @@ def _by_student(student: nn.Module, mean, std
             out = student(x.to(device))
         if isinstance(out, Tensor) and out.ndim == 2: return out.cpu()
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f'export: {type(student).__name__} returns {shape}; expected logits, B x '
-                        'classes: put it into a module that returns them, such as '
+        raise TypeError(f'export: {type(student).__name__} returns {shape}; expected logits, '
+                        'B x classes: put it into a module that returns them, such as '
                         'network(images).logits')
     return logits
 
@@ -163,26 +168,27 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
            std = None,         # the same
            **about, # what else the file should say, such as classes=[...]; what JSON can hold
           ) -> dict: # how well they agree: difference (over the largest logit), same, images
-    """Write a student for others, KD layers folded, once it is known to compute what the student
-    computes."""
+    """Write a student for others, KD layers folded, once it is known to compute what the
+    student computes."""
     # what a compiled network was compiled from
     path, student = Path(path), getattr(student, '_orig_mod', student)
     images = _checked(student, images, mean, std)
     write, read = _form(path, images.dtype == torch.uint8)
-    model, batches = folded(student).cpu().requires_grad_(False), _batches(images)
+    model = folded(student).cpu().requires_grad_(False)
+    batches = _batches(images)
     about = json.dumps(_about(model, images, mean, std, about), allow_nan=False)
     expected = torch.cat([*map(_by_student(student, mean, std), batches)])
     if images.dtype == torch.uint8:
         model = _Bytes(model, next(model.parameters(), torch.ones(())), mean, std).eval()
-    data, logits = _written(path, write, read, model, torch.cat([images[:2]] * 2)[:2],
-                            about, batches)
+    two = torch.cat([images[:2]] * 2)[:2]
+    data, logits = _written(path, write, read, model, two, about, batches)
     found = _agreement(expected, logits)
-    limit = (2e-2 if {v.dtype for v in student.parameters()} & {torch.float16, torch.bfloat16}
-             else 1e-3)
+    half = {v.dtype for v in student.parameters()} & {torch.float16, torch.bfloat16}
+    limit = 2e-2 if half else 1e-3
     if not found['difference'] <= limit:
-        raise RuntimeError(f'{path}: not written. The program is {found["difference"]:.1g} of the '
-                           'largest logit away from the student; '
-                           f'expected at most {limit:g}, rounding')
+        raise RuntimeError(f'{path}: not written. The program is {found["difference"]:.1g} '
+                           'of the largest logit away from the student; expected at most '
+                           f'{limit:g}, rounding')
     with atomic(path) as part: part.write_bytes(data)
     return found
 
@@ -195,24 +201,22 @@ def _checked(student, images, mean, std) -> Tensor: # the images, on the process
         raise ValueError(f'export: found images of {shape}; expected a tensor B x C x H x W')
     for name, v in dict(mean=mean, std=std).items():
         if v is None and images.dtype == torch.uint8:
-            raise ValueError(f'export: found bytes and no {name}; expected a number for '
-                             'each channel')
+            raise ValueError(f'export: found bytes and no {name}; '
+                             'expected a number for each channel')
         if v is not None and len(v) != images.shape[1]:
             raise ValueError(f'export: found {name} = {v}; expected {images.shape[1]} numbers')
         if v is not None and max(v) > 1:
-            raise ValueError(f'export: found {name} = {v}; expected units of full '
-                             'intensity, 0 .. 1')
+            raise ValueError(f'export: found {name} = {v}; '
+                             'expected units of full intensity, 0 .. 1')
     return images.detach().cpu()
 
 def _about(model, images, mean, std, about) -> dict:
     takes = ('bytes 0 .. 255' if images.dtype == torch.uint8
              else 'normalised: (bytes / 255 - mean) / std')
+    images = dict(shape=['batch', *images.shape[1:]], dtype=str(images.dtype).split('.')[1],
+                  takes=takes, mean=_numbers(mean), std=_numbers(std))
     layers = [path for path, m in model.named_modules() if isinstance(m, FoldedKDLayer)]
-    return dict(letkd=letkd.__version__, images=dict(shape=['batch', *images.shape[1:]],
-                                                     dtype=str(images.dtype).split('.')[1],
-                                                     takes=takes,
-                                                     mean=_numbers(mean), std=_numbers(std)),
-                folded=layers, **about)
+    return dict(letkd=letkd.__version__, images=images, folded=layers, **about)
 
 def _numbers(v): return None if v is None else [float(x) for x in v]
 
@@ -239,8 +243,8 @@ def _student_file(run) -> Path: # a run's folder, its record.json or its student
     if path.is_dir(): path = path/'student.safetensors'
     elif path.name == 'record.json': path = path.with_name('student.safetensors')
     if path.suffix == '.safetensors' and path.exists(): return path
-    raise FileNotFoundError(f'{run}: found no student; expected the folder of a finished run, its '
-                            'record.json or its student.safetensors')
+    raise FileNotFoundError(f'{run}: found no student; expected the folder of a finished run, '
+                            'its record.json or its student.safetensors')
 
 # %% ../../nbs/runs/shipping.ipynb #ed7dceeb
 def _experiment(path: Path): # a run's student.safetensors
@@ -261,8 +265,8 @@ def trained(run   # a run's folder, its record.json or its student.safetensors
     path = _student_file(run)
     about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
     if 'model' not in about:
-        raise ValueError(f'{path}: found no word about its network; expected the '
-                         'student.safetensors of a run')
+        raise ValueError(f'{path}: found no word about its network; '
+                         'expected the student.safetensors of a run')
     if 'images' not in about:  # of an older version
         e = _experiment(path)
         about['images'] = seen(e.load(e.eval_split))
@@ -276,7 +280,7 @@ def export_run(run,                   # a run's folder, its record.json or its s
     "Write the student of a finished run for others."
     (student, about), path = trained(run), Path(path)
     if path.resolve() == _student_file(run).resolve():
-        raise ValueError(f'{path}: found the run\'s own file; choose another name')
+        raise ValueError(f"{path}: found the run's own file; choose another name")
     images = about['images']
     shape = (2, 3, *images['size'])
     example = (torch.zeros(shape, dtype=torch.uint8) if pixels

@@ -25,9 +25,8 @@ from ..taps import largest, unpack
 
 # %% ../../nbs/runs/training.ipynb #d6af6f74
 def _step(optimiser, steps: int, epochs: int, milestones: tuple):
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser,
-                                                [round(m * epochs) * steps for m in milestones],
-                                                gamma=.1)
+    at = [round(m * epochs) * steps for m in milestones]
+    return torch.optim.lr_scheduler.MultiStepLR(optimiser, at, gamma=.1)
 
 def _one_cycle(optimiser, steps: int, epochs: int, milestones: tuple):
     return torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.defaults['lr'],
@@ -63,16 +62,16 @@ class Training:
                  nesterov: bool = True,      # Nesterov's momentum; False: plain
                 ):
         if schedule not in SCHEDULES:
-            raise ValueError(f'schedule: found {schedule!r}; expected one of '
-                             f'{", ".join(SCHEDULES)}')
-        self.distiller, self.batches, self.epochs, self.steps = (distiller, _stateful(batches),
-                                                                 epochs, _length(batches))
+            raise ValueError(f'schedule: found {schedule!r}; '
+                             f'expected one of {", ".join(SCHEDULES)}')
+        self.distiller, self.batches = distiller, _stateful(batches)
+        self.epochs, self.steps = epochs, _length(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
         self.device = parameters[0].device
         self.optimiser = _sgd(parameters, lr, momentum, weight_decay, nesterov)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
-        self.autocast = (torch.autocast('cuda', torch.bfloat16) if amp
-                         and self.device.type == 'cuda' else nullcontext())
+        amp = amp and self.device.type == 'cuda'
+        self.autocast = torch.autocast('cuda', torch.bfloat16) if amp else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
         self.history, self.seconds, self.lr, self.conditions = [], 0., lr, [conditions(self.device)]
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # everyone's own dropout
@@ -83,14 +82,14 @@ def _length(batches) -> int:
     try: n = len(batches)
     except TypeError: n = None
     if n: return n
-    raise ValueError(f'batches: found a {type(batches).__name__} '
-                     + ('without a batch' if n == 0 else 'without a length') +
-                     '; expected a loader that knows how many batches an epoch has, and gives them '
-                     'anew in each')
+    lacks = 'a batch' if n == 0 else 'a length'
+    raise ValueError(f'batches: found a {type(batches).__name__} without {lacks}; expected '
+                     'a loader that knows how many batches an epoch has, and gives them anew '
+                     'in each')
 
 class WholeEpochs:
-    """A loader that cannot say where it stands: a run on it is kept at the end of each epoch, and
-    goes on with a whole one."""
+    """A loader that cannot say where it stands: a run on it is kept at the end of each
+    epoch, and goes on with a whole one."""
     def __init__(self, loader): # such as `torch.utils.data.DataLoader`
         self.loader, self.epoch = loader, 0
     def __len__(self) -> int: return len(self.loader)
@@ -122,7 +121,9 @@ def epoch(self: Training) -> int: return len(self.history) # epochs that are don
 
 # the engine waits for the gradient of all that is returned with one: the losses, not the logits
 class _Losses(nn.Module):
-    def __init__(self, distiller: Distiller): super().__init__(); self.distiller = distiller
+    def __init__(self, distiller: Distiller):
+        super().__init__()
+        self.distiller = distiller
     def forward(self, *batch):
         logits, losses = self.distiller(*batch)
         return logits.detach(), losses
@@ -134,10 +135,10 @@ _AT_EACH_STEP = ('forward_sync_buffers'
 
 def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
     if processes() == 1: return distiller
-    return DistributedDataParallel(_Losses(distiller), [device] if device.type == 'cuda' else None,
-                                   **{_AT_EACH_STEP: False},
-                                   find_unused_parameters=any(getattr(term, 'alone', 0)
-                                                              for term in distiller.terms))
+    devices = [device] if device.type == 'cuda' else None
+    alone = any(getattr(term, 'alone', 0) for term in distiller.terms)
+    return DistributedDataParallel(_Losses(distiller), devices, find_unused_parameters=alone,
+                                   **{_AT_EACH_STEP: False})
 
 # %% ../../nbs/runs/training.ipynb #20a10003
 def conditions(device: torch.device) -> dict: # of a run on it
@@ -156,10 +157,12 @@ def _processor() -> str:
 @patch
 def _note(self: Training, before: list): # conditions so far
     now, last = self.conditions[-1], before[-1]
-    if now == last: self.conditions = before; return
+    if now == last:
+        self.conditions = before
+        return
     self.conditions = [*before, now]
-    changed = ', '.join(f'{k} {last.get(k)} before and {now.get(k)} now' for k in {**last, **now}
-                        if now.get(k) != last.get(k))
+    changed = ', '.join(f'{k} {last.get(k)} before and {now.get(k)} now'
+                        for k in {**last, **now} if now.get(k) != last.get(k))
     if not rank():
         print(f'letkd: going on, but not to the same bits as without the stop: {changed}',
               file=sys.stderr)
@@ -168,15 +171,16 @@ def _note(self: Training, before: list): # conditions so far
 _PARTS = ('distiller', 'optimiser', 'schedule', 'batches', 'meter')
 
 def _generators(device) -> dict:
-    return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device))
-                                              if device.type == 'cuda' else {})
+    states = dict(cpu=torch.get_rng_state())
+    if device.type == 'cuda': states['cuda'] = torch.cuda.get_rng_state(device)
+    return states
 
 @patch
 def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and dicts only
     "Everything that `load_state_dict` needs to go on bit for bit. All processes take it together."
-    return dict({name: getattr(self, name).state_dict() for name in _PARTS},
-                generators=gathered(_generators(self.device)),
-                history=self.history, seconds=self.seconds, lr=self.lr, conditions=self.conditions)
+    parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+    return dict(parts, generators=gathered(_generators(self.device)), history=self.history,
+                seconds=self.seconds, lr=self.lr, conditions=self.conditions)
 
 @patch
 def load_state_dict(self: Training, state: dict):
@@ -204,9 +208,11 @@ def resume(self: Training, kept: Checkpoints): # of the run's folder
 
 # %% ../../nbs/runs/training.ipynb #20a10004
 @patch
-def step(self: Training, images: torch.Tensor,
-         labels: torch.Tensor, # a batch, or this process's share of it
-         index: Optional[torch.Tensor] = None):                      # B, place in the training set
+def step(self: Training,
+         images: torch.Tensor, # of a batch, or of this process's share of it
+         labels: torch.Tensor, # the same
+         index: Optional[torch.Tensor] = None, # B, place in the training set
+        ):
     "Forward, backward, and one step of optimiser and schedule."
     progress = (self.epoch + self.meter.step / self.steps) / self.epochs
     with self.autocast:
@@ -219,15 +225,15 @@ def step(self: Training, images: torch.Tensor,
     self.schedule.step()
 
 @patch
-def end_epoch(self: Training, test: Optional[Iterable] = None
-             ) -> dict: # batches to evaluate on; the epoch's line of the history
+def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evaluate on
+             ) -> dict: # the epoch's line of the history
     "Evaluate, note the line, and begin a new page of the meter."
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
                seconds=round(self.seconds, 3))
     if test is not None:
         from_first(self.distiller.student.buffers())
-        row |= {k: v for k, v in evaluate(self.distiller.student, test,
-                                          self.distiller.output).items() if k != 'loss'}
+        found = evaluate(self.distiller.student, test, self.distiller.output)
+        row |= {k: v for k, v in found.items() if k != 'loss'}
     self.history.append(row)
     self.meter = Meter(self.steps, self.device)
     return row
@@ -235,8 +241,8 @@ def end_epoch(self: Training, test: Optional[Iterable] = None
 # %% ../../nbs/runs/training.ipynb #20a10006
 @patch
 def rest(self: Training) -> Iterator: # of batches
-    """What is still to come of the running epoch; the time between two batches is added to the
-    run's."""
+    """What is still to come of the running epoch; the time between two batches is added
+    to the run's."""
     self.distiller.train()
     start = time.time()
     for batch in self.batches if self.meter.step < self.steps else ():
@@ -246,20 +252,20 @@ def rest(self: Training) -> Iterator: # of batches
         yield tuple(None if x is None else x.to(self.device, non_blocking=True)
                     for x in unpack(batch))
         self.seconds, start = self.seconds + time.time() - start, time.time()
-    if not self.meter.step: raise ValueError(f'batches: found none in epoch {self.epoch + 1}; '
-                                             'expected a loader that can be read '
-                                             'anew in each epoch')
+    if not self.meter.step:
+        raise ValueError(f'batches: found none in epoch {self.epoch + 1}; expected a loader '
+                         'that can be read anew in each epoch')
 
 @patch
 def wish(self: Training, own: int) -> int: # 0: none; 1: a checkpoint; else a signal's number
-    """What the processes agree on, whenever they meet: at each step on the CPU, every 50 on an
-    accelerator."""
+    """What the processes agree on, whenever they meet: at each step on the CPU, every 50
+    on an accelerator."""
     if processes() > 1 and self.meter.seen < self.meter.step: return 0
     return highest(own)
 
 # %% ../../nbs/runs/training.ipynb #395b7d2f
 def train(training: Training,        # what to train
-          folder, # of the run: its checkpoints and metrics.jsonl are written there
+          folder,                    # of the run, for its checkpoints and metrics.jsonl
           test = None,               # batches to evaluate on after each epoch, or None
           title: str = 'training',   # of the progress bar
           quiet: bool = False,       # no progress
@@ -309,8 +315,8 @@ def _keep(training: Training, kept: Checkpoints, every: Every, wish: int):
     if not wish: return
     training.meter.look()  # what is saved is finite
     # first: a finished run writes no more
-    agreed(lambda: write_text(kept.folder/'metrics.jsonl',
-                              ''.join(json.dumps(r) + '\n' for r in training.history)))
+    lines = ''.join(json.dumps(r) + '\n' for r in training.history)
+    agreed(lambda: write_text(kept.folder/'metrics.jsonl', lines))
     kept.save(training.state_dict())
     every.restart()
     if wish > 1:
