@@ -185,7 +185,8 @@ def sweep_command(name: str, # 'cifar100', 'ablation/layers'; see `letkd.results
                  ):
     "Run what is missing of a study, then print its table."
     if name == 'ablation/cost': return _costs(dataset, pair, device)
-    from letkd.results.probes import probe_run, run
+    from letkd.results.probes import probe_run
+    from letkd.runs.running import run
     from letkd.results.published import study
     from letkd.results.tables import format_table, summary
     _count(jobs, '--jobs')
@@ -211,9 +212,8 @@ def reproduce_command(record: str,                  # a record.json
                      ):
     "Run what a record describes once more, and compare."
     from dataclasses import replace
-    from letkd.runs.records import compare, read_record
+    from letkd.runs.records import compare, experiment_of, read_record
     from letkd.runs.running import run
-    from letkd.runs.records import experiment_of
     known = read_record(record)
     lost = _lost(known)
     try: e = experiment_of(known)

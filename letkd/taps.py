@@ -482,7 +482,7 @@ def evaluating(model): # any network
 def _enlarged(model, tap, images) -> tuple:
     """(shape of the map of an image of twice the size, that size); (None, None) where
     the network takes no such image."""
-    image, shapes = images[:1].repeat(1, 1, *[2] * (images.ndim - 2)), {}
+    image = images[:1].repeat(1, 1, *[2] * (images.ndim - 2))
     try:
         with evaluating(model), capture(model, f'{tap}@raw') as maps: model(image)
     except Exception: pass  # what comes behind the tap may want the usual size

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from letkd import matching
-from letkd.checks import (check_term, classifier, function_checks, layer_checks, pictures,
+from letkd.checks import (check_term, function_checks, layer_checks, pictures,
                           supervision_checks, term_checks)
 from letkd.checks.layer import strict_world
 from letkd.distiller import DKD, KD, CrossEntropy, Setup, SupervisedLayer, Term

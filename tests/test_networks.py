@@ -4,7 +4,6 @@ import copy
 import pytest
 import torch
 import torchvision.models as tv
-from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
 from letkd.distiller import Distiller, Setup

@@ -1,6 +1,5 @@
 """Every cell of the published tables: its settings, each with a reason, and one step of its
 training."""
-import json
 from functools import cache
 from itertools import chain
 from math import isfinite

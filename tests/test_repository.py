@@ -425,7 +425,7 @@ def undocumented(obj):
     "Arguments, fields and returns whose line carries no comment."
     fields = getattr(obj, '_fields', None) or getattr(obj, '__dataclass_fields__', None)
     if fields:
-        said = [rf'^\s+{{}}\s*:[^#\n]*#\s*\S', rf'^\s*#.*\n\s+{{}}\s*:']  # behind it or above it
+        said = [r'^\s+{}\s*:[^#\n]*#\s*\S', r'^\s*#.*\n\s+{}\s*:']  # behind it or above it
         return [f for f in fields if f in obj.__annotations__
                 and not any(re.search(p.format(f), inspect.getsource(obj), re.M) for p in said)]
     call = vars(obj).get('__init__') if inspect.isclass(obj) else obj

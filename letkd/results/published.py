@@ -20,7 +20,7 @@ from ..runs.recipes import RECIPES
 from ..runs.experiments import Experiment
 from ..methods import method_options
 from ..models.imports import nearest
-from .tables import block, new_figure, row_of, shown, unusual
+from .tables import _words, block, new_figure, row_of, shown, unusual
 
 # %% ../../nbs/results/published.ipynb #2ee432aa
 def published(dataset: str = '', # such as 'cifar100'; all where empty
@@ -296,8 +296,6 @@ def _measured(runs: list, metric: str) -> dict: # of records that differ in the 
     best = pd.Series([r['top1_best'] for r in runs if metric == 'top1'], dtype=float).mean()
     return dict(n=len(values) or float('nan'), last=values.mean(), last_sd=values.std(ddof=1),
                 best=best)
-
-def _words(settings: dict) -> str: return ', '.join(f'{k}={v}' for k, v in settings.items())
 
 # %% ../../nbs/results/published.ipynb #c1c62e31
 def format_study(name: str,          # 'ablation/layers' and the like

@@ -7,7 +7,7 @@ __all__ = ['ORDER', 'STYLES', 'NOTE', 'Stranger', 'shown', 'read_records', 'row_
            'block', 'pairs_of', 'format_table', 'new_figure', 'plot_table']
 
 # %% ../../nbs/results/tables.ipynb #7804efbb
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from math import nan
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..data.files import files_below
 from ..runs.experiments import _SHARED, Experiment, _check_fields, _network, _settings
 from ..runs.recipes import DATASETS
 from ..runs.records import _tuples, experiment_of, read_record
-from ..methods import addends, method_options
+from ..methods import addends
 
 # %% ../../nbs/results/tables.ipynb #f266f8d9
 _DEFAULT = {f.name: f.default for f in fields(Experiment)
