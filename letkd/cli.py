@@ -298,7 +298,7 @@ def bench_command(quick: bool = False,          # about a minute instead of a fe
     if file: write_text(file, json.dumps(record, indent=1, allow_nan=False) + '\n')
 
 # %% ../nbs/cli.ipynb #f82e86f3
-PAIR = 'digit_pairs/resnet14-resnet8x0.5'
+PAIR = 'digit_pairs/resnet14-resnet14x0.5'
 METHODS = ('student', 'kd', 'quest', 'letkd1', 'letkd2')
 LONG = dict(epochs=30, teacher_epochs=30)
 
