@@ -267,8 +267,8 @@ def beside_study(name: str,         # 'ablation/layers' and the like
                  dataset: str = '', # ours are on this data set
                  pair: str = '',    # and this 'teacher-student'
                  **settings,        # as for `study`
-                ) -> pd.DataFrame:  # the columns of `beside`, and `options`
-    "An ablation's rows with published and our figures."
+                ) -> pd.DataFrame:  # the columns of `beside`, `options` and the row's `records`
+    "A study's rows with published and our figures."
     (about, short), ours = _study(name), {}
     for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
     own = [short] if short in ABLATIONS else []
@@ -277,7 +277,8 @@ def beside_study(name: str,         # 'ablation/layers' and the like
     theirs = theirs.drop_duplicates(columns, keep='last')
     here, published_ = _experiments(name, dataset, pair, settings), _experiments(name, '', '', {})
     rows = [dict(pair=where, method=method, options=options, metric=metric,
-                 **_measured(ours.get(row_of(e), []), metric), key=_words(there.changed),
+                 records=(runs := ours.get(row_of(e), [])), **_measured(runs, metric),
+                 key=_words(there.changed),
                  fair=(dataset or 'cifar100', pair or where, e.changed)
                       == ('cifar100', where, there.changed))
             for (where, method, options, e), (*_, there) in zip(here, published_)
