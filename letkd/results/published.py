@@ -199,6 +199,8 @@ CLAIMS = dict(
                      settings=_SHORT),
     long=Study('does the order hold where everything has more time', _EIGHT,
                ('kd', 'letkd1', 'letkd2'), settings=_SHORT | dict(epochs=60)),
+    published=Study('the published recipe, all of it', ('resnet56-resnet20',),
+                    ('student', 'kd', 'quest', 'letkd1', 'letkd2')),
 )
 
 # %% ../../nbs/results/published.ipynb #8ae0aefc
