@@ -236,9 +236,9 @@ def _terms(part: Callable, found) -> list: # a method; what it has returned
                     'letkd.distiller.Term')
 
 # %% ../nbs/methods.ipynb #7bbb186e
-def create_terms(method: str, # 'ce', 'kd', 'dkd', 'quest', 'letkd1', 'letkd2', or a sum of them
+def create_terms(method: str, # 'ce', a name in `METHODS`, or a sum such as 'letkd2+kd'
                  student: nn.Module, # any classifier
-                 teacher: Optional[nn.Module], # any classifier of the same classes
+                 teacher: Optional[nn.Module], # any classifier; None for 'ce'
                  # re-iterable of (images, labels, ...), not augmented, to fit supervisions
                  batches: Iterable,
                  # (student's tap, teacher's tap) of the last feature map

@@ -226,7 +226,7 @@ def experiment_of(record: dict # as `read_record` returns it
                          f"{[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
                          'version; tabulate the record with the version that made it')
     try:
-        # an option that is younger than the record
+        # an option may be newer than the record
         options = method_options(settings['method']) | settings['options']
         return Experiment(**dict(settings, options=options))
     except (TypeError, KeyError, AttributeError, RecursionError) as e:
