@@ -159,7 +159,7 @@ def _check_teacher_is_untouched(build):
 
 # %% ../../nbs/checks/term.ipynb #d8d1f507
 def _check_order_of_terms_does_not_matter(build):
-    "Before or after another term, the losses are the same bits."
+    "Before or after another term, the losses have the same bits."
     first, last = build().run(), build(first=False).run()
     _close({name: last[name] for name in first}, first, what='in the other order')
 
@@ -271,7 +271,7 @@ def _check_copied_distillers_are_independent(build):
 
 # %% ../../nbs/checks/term.ipynb #6471813f
 def _check_removal_restores_the_student(build):
-    "After a step and remove(), the student's hooks, keys, modules and answers are as before."
+    "After a step and remove(), the student's hooks, keys, modules and outputs are as before."
     d = build()
     d.distiller.eval()
     d.loss()
