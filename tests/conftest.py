@@ -1,5 +1,6 @@
-"""What all tests share: where the project is, a copy of it to change, and settings that make runs repeatable."""
+"""What all tests share: where the project is, a copy of it to change, and repeatable runs."""
 import os
+import re
 import shutil
 import subprocess
 from fnmatch import fnmatch
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
+                   if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
+STORY = [name for name in NOTEBOOKS if re.match(r'\d\d_', name)]
 GENERATED = ('.git', '__pycache__', '*.pyc', '*.egg-info', 'build', 'dist', '.venv',
              '.pytest_cache', '.hypothesis',
              '.ipynb_checkpoints', '.last_checked', '.quarto', '_proc', '_docs', 'nbdev.yml',
@@ -22,8 +27,8 @@ settings.load_profile('repeatable')
 
 
 def project_files():
-    """The files of the project: git's view of them, or in an unpacked sdist everything that no tool
-    has generated."""
+    """The files of the project: those that git tracks, or would; in an unpacked sdist all that no
+    tool has made."""
     if (ROOT/'.git').exists() and shutil.which('git'):
         cmd = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
         names = subprocess.run(cmd, cwd=ROOT, check=True, capture_output=True,
@@ -36,6 +41,13 @@ def project_files():
 
 @pytest.fixture(scope='session')
 def files(): return project_files()
+
+
+@pytest.fixture(scope='session')
+def server():
+    "Starts processes in a moment, see lives.py."
+    import lives
+    return lives.server()
 
 
 def copy_project(files, to):

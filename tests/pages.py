@@ -1,8 +1,10 @@
-"""From notebooks to the pages of the site: what nbdev calls, listed in settings.ini under `procs`.
+"""From notebooks to the pages of the site: documentation of names, folds, links.
 
-`python tests/pages.py` builds the site, with Quarto; with `--card` it draws nbs/social.png.
-The documentation of a name is read from the cell that defines it: nothing is imported, and no cell
-is run. It stands beside the tests because only who develops letkd needs it.
+No test stands here. nbdev calls the classes `document`, `fold` and `link`, which settings.ini lists
+under `procs`. `python tests/pages.py` has nbdev and Quarto build the site, here and in
+.github/workflows/docs.yml; with `--card` it draws nbs/social.png. The documentation of a name is
+read from the cell that defines it: nothing is imported, and no cell is run. It is in tests/ because
+only those who develop letkd need it; tests/test_site.py tests it.
 """
 import ast
 import io
@@ -91,8 +93,8 @@ def said(node, source):
     (found, returns), call = parts(node), caller(node)
     if call is None: return [], None
     whole = isinstance(call, ast.ClassDef)  # of fields
-    start, end = call.lineno, call.end_lineno if whole else max(call.lineno,
-                                                                call.body[0].lineno - 1)
+    start = call.lineno
+    end = call.end_lineno if whole else max(start, call.body[0].lineno - 1)
     comment, alone = comments(source)
     comment = {i: text for i, text in comment.items() if start <= i <= end}
     behind, alone = comment.keys() - alone, comment.keys() & alone

@@ -1,4 +1,8 @@
-"""README.md says what nbs/index.ipynb says: `python tests/readme.py` writes it (no Quarto needed), a test compares."""
+"""README.md says what nbs/index.ipynb says: `python tests/readme.py` writes it.
+
+No test stands here. Whoever changes nbs/index.ipynb calls it; tests/test_repository.py compares the
+two and takes its functions for reading notebooks from here. Neither nbdev nor Quarto is needed.
+"""
 import json
 import re
 from pathlib import Path

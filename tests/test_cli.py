@@ -1,4 +1,4 @@
-"The command line as a user meets it: in processes of its own."
+"The command line as a user meets it."
 import hashlib
 import json
 import os
@@ -6,94 +6,87 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-SMALL = dict(epochs=2, teacher_epochs=1, train_size=600, eval_split='valid', num_prototypes=16)
-NAME = 'digit_pairs/resnet8-resnet8x0.5/letkd1'
+from lives import (PAIR, SMALL, arguments, checkpoints, finished, kept, one_line, sets, start,
+                   wait_for)
 
-
-def command(*args, **settings):
-    pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
-    return [sys.executable, '-m', 'letkd.cli', *map(str, args), *pairs]
-
-
-def letkd(*args, **settings):
-    return subprocess.run(command(*args, **settings), capture_output=True, text=True, timeout=300,
-                          stdin=subprocess.DEVNULL)
-
-
-def record_of(out):  # the student's; the teacher has one too
-    path, = (p for p in Path(out).rglob('record.json') if 'letkd1' in p.parts)
-    return path, json.loads(path.read_text())
+NAME = f'{PAIR}/letkd1'
+LETKD = [sys.executable, '-m', 'letkd.cli']
 
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
-    "One small run, as the command line leaves it."
+    "One small run, as the command line leaves it in a process of its own."
     out = tmp_path_factory.mktemp('runs')
-    done = letkd('run', NAME, '--out', out, **SMALL)
+    done = subprocess.run([*LETKD, *arguments('letkd1', out, eval_split='valid')],
+                          capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
+    assert 'Record: ' in done.stdout
     return out
 
 
-def test_run_leaves_a_complete_folder(out):
-    path, record = record_of(out)
-    assert {p.name for p in path.parent.iterdir()} >= {'config.json', 'metrics.jsonl',
-                                                       'student.safetensors', 'record.json'}
-    assert len((path.parent/'metrics.jsonl').read_text().splitlines()) == record['epochs'] == 2
+@pytest.fixture
+def record(out):
+    "The student's; the teacher has one too."
+    path, = kept(out, 'record.json', 'letkd1')
+    return path, json.loads(path.read_text())
+
+
+def test_run_leaves_a_complete_folder(out, record):
+    path, record = record
+    names = 'config.json', 'metrics.jsonl', 'student.safetensors', 'record.json'
+    assert {p.name for p in path.parent.iterdir()} >= set(names)
+    rows = path.with_name('metrics.jsonl').read_text().splitlines()
+    assert len(rows) == record['epochs'] == SMALL['epochs']
     assert record['name'] == NAME and record['changed']['train_size'] == 600
     assert record['target_perplexity']['layer3'] >= 1 and record['versions']['torch']
-    assert 1 <= len(list(path.parent.glob('checkpoint-*.pt'))) <= 2
+    assert 1 <= len(checkpoints(out, 'letkd1')) <= 2
     assert not [p for p in out.rglob('*') if p.name.endswith('.part')]
 
 
-def test_a_run_that_is_done_is_not_done_again(out):
-    path, _ = record_of(out)
+def test_a_run_that_is_done_is_not_done_again(out, record, capsys):
+    from letkd.cli import main
+    path, _ = record
     before = path.stat().st_mtime_ns
-    again = letkd('run', NAME, '--out', out, **SMALL)
-    assert again.returncode == 0 and path.stat().st_mtime_ns == before
-    assert 'epoch' not in again.stdout.replace('last epoch', '')
+    assert main(arguments('letkd1', out, eval_split='valid')) == 0
+    assert path.stat().st_mtime_ns == before and 'done before' in capsys.readouterr().out
 
 
-def test_a_student_leaves_for_others(out, tmp_path, capsys):
+def test_a_student_leaves_for_others(out, record, tmp_path, capsys):
     "From its own file alone, at another place, with no data and no record there."
     import torch
     from letkd.cli import main
-    path, record = record_of(out)
+    path, _ = record
     shutil.copy(path.with_name('student.safetensors'), tmp_path)
     for run, to, more in ((path.parent, 'a.ts', []), (path, 'b.safetensors', []),
                           (tmp_path/'student.safetensors', 'c.ts', ['--pixels'])):
         assert main(['export', str(run), '--to', str(tmp_path/to), *more]) == 0
         assert '13 classes the same' in capsys.readouterr().out
-    with torch.no_grad():
-        assert torch.jit.load(tmp_path/'c.ts')(torch.zeros(7, 3, 16, 16,
-                                                           dtype=torch.uint8)).shape == (7, 100)
+    pixels = torch.zeros(7, 3, 16, 16, dtype=torch.uint8)
+    with torch.no_grad(): assert torch.jit.load(tmp_path/'c.ts')(pixels).shape == (7, 100)
     for run, to, says in ((out, 'd.ts', 'found no student'),
                           (path, 'd.pt', 'expected one of .pt2, .onnx'),
                           (path, 'd', "found the ending ''")):
         assert main(['export', str(run), '--to', str(tmp_path/to)]) == 2
-        error = capsys.readouterr().err
-        assert says in error and error.startswith('letkd: ') and error.count('\n') == 1
+        one_line(capsys, says)
     assert {p.name for p in tmp_path.iterdir()} == {'student.safetensors', 'a.ts',
                                                     'b.safetensors', 'c.ts'}
 
 
 def test_a_student_with_parts_of_its_teacher_leaves_too(out, tmp_path, capsys):
     from letkd.cli import main
-    name, settings = NAME.replace('letkd1', 'simkd'), {k: v for k, v in SMALL.items()
-                                                       if k != 'num_prototypes'}
-    assert main(['run', name, '--out', str(out), '--quiet',
-                 *(w for k, v in settings.items() for w in ('--set', f'{k}={v}'))]) == 0
-    path, = Path(out, name).glob('*/student.safetensors')
+    settings = sets(**dict(SMALL, epochs=1, eval_split='valid'))
+    assert main(['run', f'{PAIR}/simkd', '--out', str(out), '--quiet', *settings]) == 0
+    path, = kept(out, 'student.safetensors', 'simkd')
     assert main(['export', str(path.parent), '--to', str(tmp_path/'a.ts')]) == 0
     assert '13 classes the same' in capsys.readouterr().out
     shutil.copy(path, tmp_path)
     # no teacher there
     assert main(['export', str(tmp_path/path.name), '--to', str(tmp_path/'b.ts')]) == 2
-    assert 'only its maker knows' in capsys.readouterr().err
+    one_line(capsys, 'only its maker knows')
 
 
 def test_the_package_is_the_command():
@@ -104,66 +97,50 @@ def test_the_package_is_the_command():
 
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
                     reason='torch.compile needs a C++ compiler here')
-def test_the_teacher_may_run_compiled(tmp_path):
+def test_the_teacher_may_run_compiled(server, tmp_path):
     losses = []
-    for compiled in False, True:
-        done = letkd('run', NAME, '--out', tmp_path/str(compiled), **dict(SMALL, epochs=1),
-                     augment=True, compile=compiled)
-        assert done.returncode == 0, done.stderr
-        path, record = record_of(tmp_path/str(compiled))
-        assert record['settings']['compile'] is compiled
-        row = json.loads((path.parent/'metrics.jsonl').read_text())
+    for compiled in False, True:  # the second finds the teacher of the first
+        args, said = arguments('letkd1', tmp_path, epochs=1, compile=compiled), tmp_path/'said'
+        assert finished(server, args, said) == 0, said.read_text()
+        path, = (p for p in kept(tmp_path, 'record.json', 'letkd1')
+                 if json.loads(p.read_text())['settings']['compile'] is compiled)
+        row = json.loads(path.with_name('metrics.jsonl').read_text())
         losses.append([value for key, value in row.items()
                        if key not in ('seconds', 'top1', 'top5', 'train_top1')])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
-    process = subprocess.Popen(command('run', NAME, '--out', tmp_path, **dict(SMALL, epochs=400)),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               stdin=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline:
-        time.sleep(.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'goes on' in error and 'Traceback' not in error
-
-
-def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
-    settings = dict(SMALL, epochs=400)
-    first = subprocess.Popen(command('run', NAME, '--out', tmp_path, **settings),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             stdin=subprocess.DEVNULL)
+def test_a_second_process_in_the_same_folder_is_refused(server, tmp_path, capsys):
+    from letkd.cli import main
+    args, said = arguments('letkd1', tmp_path, epochs=400), tmp_path/'said'
+    process = start(server, args, said)
     try:
-        deadline = time.time() + 120
-        while not list(tmp_path.rglob('letkd1/*/checkpoint-*.pt')) and time.time() < deadline:
-            time.sleep(.02)
-        second = letkd('run', NAME, '--out', tmp_path, **settings)
-        assert second.returncode == 2 and 'in use by another process' in second.stderr
+        assert wait_for(lambda: checkpoints(tmp_path, 'letkd1'), process), said.read_text()
+        assert main(args) == 2
+        one_line(capsys, 'in use by another process')
     finally:
-        first.kill(); first.wait()
+        process.kill()
+        process.join()
 
 
 def test_a_terminal_without_the_signs_of_a_table(tmp_path):
-    found = subprocess.run(command('table', 'cifar100', '--out', tmp_path/'none'),
-                           capture_output=True,
-                           env=dict(os.environ, PYTHONIOENCODING='cp1252'))
+    found = subprocess.run([*LETKD, 'table', 'cifar100', '--out', tmp_path/'none'],
+                           capture_output=True, env=dict(os.environ, PYTHONIOENCODING='cp1252'))
     assert found.returncode == 0 and b'resnet56 ? resnet20' in found.stdout, found.stderr
 
 
-def test_bench_looks_at_its_file_first(tmp_path):
-    found = letkd('bench', '--quick', '--json', tmp_path)
-    assert found.returncode == 2 and 'is a folder; expected the name of a file' in found.stderr
+def test_bench_looks_at_its_file_first(tmp_path, capsys):
+    from letkd.cli import main
+    assert main(['bench', '--quick', '--json', str(tmp_path)]) == 2
+    one_line(capsys, 'is a folder; expected the name of a file')
 
 
-def test_table_of_what_was_run(out):
-    table = letkd('table', 'digit_pairs', '--out', out)
-    assert table.returncode == 0, table.stderr
-    assert 'letkd1' in table.stdout and 'teacher' in table.stdout
-    _, record = (record_of(out) if len(list(out.rglob('letkd1/*/record.json'))) == 1
-                 else (None, None))
-    if record: assert f'{record["top1_last"]:.1f}' in table.stdout
+def test_table_of_what_was_run(out, record, capsys):
+    from letkd.cli import main
+    assert main(['table', 'digit_pairs', '--out', str(out)]) == 0
+    table = capsys.readouterr().out
+    assert 'letkd1' in table and 'teacher' in table
+    assert f'{record[1]["top1_last"]:.1f}' in table
 
 
 @pytest.mark.parametrize('args, says', [
@@ -175,8 +152,7 @@ def test_table_of_what_was_run(out):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=many'], 'expected int'),
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
-    (['run', 'digit_pairs/resnet8-resnet8x0.5/letkd1', '--set', "penultimate=('layer4', 'layer3')"],
-     "nearest: 'layer3'"),
+    (['run', NAME, '--set', "penultimate=('layer4', 'layer3')"], "nearest: 'layer3'"),
     (['table', 'cifar'], 'cifar100'),
     (['table', 'ablation/layer'], 'ablation/layers'),
     (['sweep', 'ablation/costs'], 'ablation/cost'),
@@ -193,17 +169,15 @@ def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     from letkd.cli import main
     where = [] if '--out' in args else ['--out', str(tmp_path)]
     assert main([*args, *where]) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.startswith('letkd: ') and error.count('\n') == 1
+    one_line(capsys, says)
     assert not list(tmp_path.rglob('*')), 'nothing is written for a wrong name'
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['run', '--help'],
-                                  ['table', '--help'], ['reproduce', '--help'],
-                                  ['export', '--help'], ['taps', '--help']])
-def test_help(args, capsys):
+@pytest.mark.parametrize('words', ['', 'demo', 'run', 'sweep', 'reproduce', 'table', 'taps',
+                                   'export', 'bench'])
+def test_help(words, capsys):
     from letkd.cli import main
-    with pytest.raises(SystemExit) as left: main(args)
+    with pytest.raises(SystemExit) as left: main([*words.split(), '--help'])
     assert left.value.code == 0 and len(capsys.readouterr().out) > 200
 
 
@@ -214,76 +188,87 @@ def test_names_need_no_name(capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys; from letkd.cli import parser; parser().format_help(); sys.exit('torch' in "
-            "sys.modules)")
+    code = ('import sys; from letkd.cli import parser; parser().format_help(); '
+            'sys.exit("torch" in sys.modules)')
     assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
 
 
-def test_what_no_data_can_fill_is_refused_with_both_numbers(out, capsys):
-    """The teacher is there; the prototypes would be more than its pixels, the sub-classes more than
-    a class has."""
+def test_more_prototypes_than_pixels_are_refused_with_both_numbers(tmp_path, capsys):
+    "Before a teacher is trained."
     from letkd.cli import main
-    pairs = [word for item in dict(SMALL, num_prototypes=10**6).items()
-             for word in ('--set', '{}={}'.format(*item))]
-    assert main(['run', NAME, '--out', str(out), '--quiet', *pairs]) == 2
-    assert 'found 9600 rows' in (error := capsys.readouterr().err) and 'num_prototypes = 1000000' in error
+    assert main(arguments('letkd1', tmp_path, num_prototypes=10**6)) == 2
+    one_line(capsys, 'found 9600 rows', 'num_prototypes = 1000000')
+    assert not list(tmp_path.rglob('*'))
 
 
-@pytest.mark.parametrize('change, says', [
-    (dict(settings=dict(colour='red')), "found settings ['colour']"),
-                                          (dict(settings=dict(dataset='cifar1000')),
-                                           'found the record of digit_pairs'),
-    (dict(settings=dict(method='a|b')), "found the name 'a|b'"),
-                                          (dict(settings=None), 'not a record of this version')])
-def test_a_record_of_another_version_is_named(change, says, out, tmp_path, capsys):
+@pytest.mark.parametrize('settings, says', [
+    (dict(colour='red'), "found settings ['colour']"),
+    (dict(dataset='cifar1000'), 'found the record of digit_pairs'),
+    (dict(method='a|b'), "found the name 'a|b'"),
+    (None, 'not a record of this version'),
+])
+def test_a_record_of_another_version_is_named(settings, says, record, tmp_path, capsys):
     from letkd.cli import main
-    path, record = record_of(out)
-    settings = change['settings']
-    record = ({k: v for k, v in record.items() if k != 'settings'} if settings is None
-              else dict(record, settings=record['settings'] | settings))
-    (tmp_path/'record.json').write_text(json.dumps(record))
+    other = dict(record[1])
+    if settings is None: del other['settings']
+    else: other['settings'] = other['settings'] | settings
+    (tmp_path/'record.json').write_text(json.dumps(other))
     assert main(['table', 'digit_pairs', '--out', str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert says in error and 'record.json' in error and error.count('\n') == 1
+    one_line(capsys, says, 'record.json')
 
 
 def renamed(record, **settings):
     "A record as somebody else may have it, under names that are not known here."
     s = record['settings'] | settings
-    name = '/'.join([s['dataset'], f"{s['teacher']}-{s['student']}", s['method']])
-    return record | {k: s[k] for k in ('dataset', 'teacher', 'student',
-                                       'method')} | dict(name=name, settings=s)
+    parts = {k: s[k] for k in ('dataset', 'teacher', 'student', 'method')}
+    name = '{dataset}/{teacher}-{student}/{method}'.format(**parts)
+    return record | parts | dict(name=name, settings=s)
 
 
-@pytest.mark.parametrize('settings, dataset, note', [
-    (dict(method='letkd7'), 'digit_pairs', 'the method letkd7'),
-                                                     (dict(method='mine+kd',
-                                                           options=dict(scale=2.)), 'digit_pairs',
-                                                      'the method mine+kd'),
-    (dict(options=dict(taus=1.)), 'digit_pairs', 'nearest: tau'),
-                                                     (dict(student='my_nets:tiny'), 'digit_pairs',
-                                                      'the student my_nets:tiny'),
-    (dict(teacher='resnet7'), 'digit_pairs', 'the teacher resnet7'),
-                                                     (dict(dataset='birds'), 'birds',
-                                                      'the data set birds'),
-    (dict(teacher='timm/nothing', method='mine'), 'digit_pairs',
-     'the teacher timm/nothing, the method mine')])
-def test_a_strange_record_is_shown_among_the_others(settings, dataset, note, out, tmp_path, capsys):
+@pytest.mark.parametrize('settings, note', [
+    (dict(method='letkd7'), 'the method letkd7'),
+    (dict(method='mine+kd', options=dict(scale=2.)), 'the method mine+kd'),
+    (dict(options=dict(taus=1.)), 'nearest: tau'),
+    (dict(student='my_nets:tiny'), 'the student my_nets:tiny'),
+    (dict(teacher='resnet7'), 'the teacher resnet7'),
+    (dict(dataset='birds'), 'the data set birds'),
+    (dict(teacher='timm/nothing', method='mine'), 'the teacher timm/nothing, the method mine'),
+])
+def test_a_strange_record_is_shown_among_the_others(settings, note, out, record, tmp_path, capsys):
     from letkd.cli import main
-    shutil.copytree(out, tmp_path/'runs')
-    _, record = record_of(out)
-    (tmp_path/'runs'/'strange.json').write_text(json.dumps(renamed(record, **settings)))
+    runs = shutil.copytree(out, tmp_path/'runs', ignore=shutil.ignore_patterns('*.pt'))
+    strange = renamed(record[1], **settings)
+    (runs/'strange.json').write_text(json.dumps(strange))
     for style in [], ['--markdown'], ['--figure', str(tmp_path/'figure.png')]:
-        assert main(['table', dataset, '--out', str(tmp_path/'runs'), *style]) == 0
+        assert main(['table', strange['dataset'], '--out', str(runs), *style]) == 0
         said = capsys.readouterr().out
-        assert 'Not known here' in said and note in said and (settings.get('method',
-                                                                           'letkd1')) in said
-        assert (f'{record["top1_last"]:.1f} (1)' in said) and 'nan' not in said
+        assert 'Not known here' in said and note in said and strange['method'] in said
+        assert f'{strange["top1_last"]:.1f} (1)' in said and 'nan' not in said
     assert (tmp_path/'figure.png').stat().st_size > 5000
-    for study in ('cifar100', 'ablation/layers'):
-        assert main(['table', study, '--out', str(tmp_path/'runs')]) == 0
-    assert main(['reproduce', str(tmp_path/'runs'/'strange.json'), '--out',
-                 str(tmp_path/'again')]) == 2
+    for study in 'cifar100', 'ablation/layers':
+        assert main(['table', study, '--out', str(runs)]) == 0
+    assert main(['reproduce', str(runs/'strange.json'), '--out', str(tmp_path/'again')]) == 2
+    assert not (tmp_path/'again').exists()
+
+
+def test_reproduce_says_what_came_of_it(record, tmp_path, monkeypatch, capsys):
+    "Of a run whose student is another, whether or not the records explain it."
+    from letkd.cli import main
+    path, known = tmp_path/'known.json', record[1] | dict(dirty=False)
+    monkeypatch.setattr('letkd.runs.running.run', lambda *_: known)  # it was made again
+    reproduce = lambda out: main(['reproduce', str(path), '--out', str(tmp_path/out)])
+    for change, code, says in (({}, 0, 'equal to the last bit'),
+                               (dict(student_hash='0' * 64), 2, 'nothing that the records say'),
+                               (dict(student_hash='0' * 64, threads=64), 0, 'threads: 64, now')):
+        path.write_text(json.dumps(known | change))
+        assert reproduce('new') == code
+        said = capsys.readouterr()
+        assert says in said.out and ('not reproduced' in said.err) == bool(code)
+    done = tmp_path/'old'/record[0].relative_to(record[0].parents[4])
+    done.parent.mkdir(parents=True)
+    done.write_text('')
+    assert reproduce('old') == 2
+    one_line(capsys, 'found a record already')
 
 
 OWN = """
@@ -299,40 +284,43 @@ def slim(num_classes): return resnet(8, .25, num_classes=num_classes)
 """
 
 
-def test_names_of_ones_own_from_the_first_word_to_the_record(tmp_path, capsys):
+def test_names_of_ones_own_from_the_first_word_to_the_record(server, tmp_path, capsys):
     "In processes of their own: a run, and the same run again; then once more without the file."
     from letkd.cli import main
-    (tmp_path/'my_own.py').write_text(OWN)
-    file, where = tmp_path/'my_own.py', ['--out', tmp_path/'runs']
-    settings = {k: v for k, v in SMALL.items() if k != 'num_prototypes'} | dict(epochs=1)
-    done = letkd('--import', file, 'run', 'digit_pairs/my_own:slim-resnet8x0.5/soft', *where,
-                 '--quiet', **settings)
-    assert done.returncode == 0, done.stderr
-    path, = (p for p in (tmp_path/'runs').rglob('record.json') if 'soft' in p.parts)
+    file, said = tmp_path/'my_own.py', tmp_path/'said'
+    name = 'digit_pairs/my_own:slim-resnet8x0.5/soft'
+    file.write_text(OWN)
+    args = ['--import', str(file), 'run', name, '--out', str(tmp_path/'runs'), '--quiet',
+            *sets(**dict(SMALL, epochs=1))]
+    assert finished(server, args, said) == 0, said.read_text()
+    path, = kept(tmp_path/'runs', 'record.json', 'soft')
     record = json.loads(path.read_text())
-    assert ':' not in str(path.relative_to(tmp_path)) and record['teacher'] == 'my_own:slim' and record['settings']['options'] == dict(softness=2.)
-    assert list(record['imported']) == ['my_own.py'] and len(record['imported']['my_own.py']) == 64
-    assert record['command'].startswith(f'letkd --import {file} run '
-                                        'digit_pairs/my_own:slim-resnet8x0.5/soft')
-    again = letkd('reproduce', path, '--out', tmp_path/'again', '--quiet', '--import', file)
-    assert again.returncode == 0 and 'equal to the last bit' in again.stdout, again.stderr
-    assert main(['reproduce', str(path), '--out', str(tmp_path/'twice')]) == 2
-    error = capsys.readouterr().err
-    assert 'my_own.py, SHA-256' in error and 'was not imported' in error and error.count('\n') == 1 and not (tmp_path/'twice').exists()
+    assert ':' not in str(path.relative_to(tmp_path)) and record['teacher'] == 'my_own:slim'
+    assert record['settings']['options'] == dict(softness=2.)
+    assert record['imported'] == {'my_own.py': hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert record['command'].startswith(f'letkd --import {file} run {name}')
+    again = ['reproduce', str(path), '--deterministic', '--quiet', '--out']
+    assert finished(server, [*again, str(tmp_path/'again'), '--import', str(file)], said) == 0
+    path, = kept(tmp_path/'again', 'record.json', 'soft')
+    assert json.loads(path.read_text())['student_hash'] == record['student_hash']
+    assert main([*again, str(tmp_path/'twice')]) == 2
+    one_line(capsys, 'my_own.py, SHA-256', 'was not imported')
+    assert not (tmp_path/'twice').exists()
 
 
 @pytest.mark.parametrize('text, says', [
     ('x = 1\ny = z', "broken.py, line 2: NameError: name 'z' is not defined"),
-                                        ('def f(:', 'broken.py, line 1: SyntaxError'),
+    ('def f(:', 'broken.py, line 1: SyntaxError'),
     ('import letkd\n@letkd.methods.register("kd")\ndef f(setup): return []',
-     "broken.py, line 2: ValueError: method 'kd': found the name taken")])
+     "broken.py, line 2: ValueError: method 'kd': found the name taken"),
+])
 def test_a_file_that_cannot_be_imported_is_one_clear_line(text, says, tmp_path, capsys):
     from letkd.cli import main
     (tmp_path/'broken.py').write_text(text)
     assert main(['run', 'digit_pairs/resnet20', '--out', str(tmp_path/'runs'), '--import',
                  str(tmp_path/'broken.py')]) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.startswith('letkd: --import') and error.count('\n') == 1 and not (tmp_path/'runs').exists()
+    assert one_line(capsys, says).startswith('letkd: --import')
+    assert not (tmp_path/'runs').exists()
 
 
 def test_the_cost_of_a_layer_needs_no_run(capsys):
@@ -343,125 +331,123 @@ def test_the_cost_of_a_layer_needs_no_run(capsys):
 
 
 def test_a_reader_may_leave_a_pipe():
-    with subprocess.Popen(command('table', 'cifar100', '--out', 'nowhere'), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE,
-                          text=True) as process:
+    with subprocess.Popen([*LETKD, 'table', 'cifar100', '--out', 'nowhere'], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert 'published' in process.stdout.readline()
         process.stdout.close()
         assert (process.stderr.read(), process.wait(timeout=60)) == ('', 0)
 
 
+# Studies
+
+def miniature(study, out, *more, pair='resnet14-resnet8', **settings):
+    "The words of a sweep whose runs take a moment."
+    small = dict(epochs=1, teacher_epochs=1, train_size=640, eval_split='train', num_prototypes=16)
+    return ['sweep', study, '--dataset', 'digit_pairs', '--pair', pair, '--out', str(out), *more,
+            *sets(**small | settings)]
+
+
 @pytest.mark.parametrize('study, options', [
-    ('cifar100', dict(num_prototypes=16, num_negatives=32)),
-                                            ('ablation/clusters', dict(num_prototypes=16)),
-    ('ablation/layers', dict(num_prototypes=16)), ('ablation/capacity',
-                                                   dict(num_prototypes=16, num_templates=16)),
-    ('ablation/subclasses', dict(num_prototypes=16)), ('ablation/naive', dict(num_prototypes=16)),
-    ('ablation/probe', dict(num_prototypes=16))])
+    ('cifar100', dict(num_negatives=32)),
+    ('ablation/clusters', {}),
+    ('ablation/layers', {}),
+    ('ablation/capacity', dict(num_templates=16)),
+    ('ablation/subclasses', {}),
+    ('ablation/naive', {}),
+    ('ablation/probe', {}),
+])
 def test_every_row_of_a_study_runs(study, options, tmp_path_factory, capsys):
-    """At a miniature scale, on a pair of one width, because FSP wants that; one teacher serves all
-    studies."""
+    "On a pair of one width, because FSP wants that; one teacher, another network, serves all."
     from letkd.cli import main
-    out = tmp_path_factory.getbasetemp()/'studies'
-    settings = dict(options, epochs=1, teacher_epochs=1, train_size=1280)
-    pairs = [word for item in settings.items() for word in ('--set', '{}={}'.format(*item))]
-    where = ['--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8', '--out', str(out), *pairs]
-    code, printed = main(['sweep', study, *where, '--quiet']), capsys.readouterr()
+    args = miniature(study, tmp_path_factory.getbasetemp()/'studies', **options)
+    code, printed = main([*args, '--quiet']), capsys.readouterr()
     assert code == 0, printed.err
     if '/' not in study: return
-    assert main(['table', study, *where]) == 0
+    assert main(['table', *args[1:]]) == 0
     table = capsys.readouterr().out
     assert table in printed.out and 'published' in table and '(1)' in table
-
-
-MINIATURE = ['--dataset', 'digit_pairs', '--pair', 'resnet14-resnet8',
-             *(word for pair in ('num_prototypes=16', 'epochs=1', 'teacher_epochs=1',
-                                 'train_size=1280') for word in ('--set', pair))]
-
-
-def hashes(out):
-    return {str(p.relative_to(out)): json.loads(p.read_text())['student_hash']
-            for p in Path(out).rglob('record.json')}
-
-
-def test_two_runs_at_once_are_the_same_runs(tmp_path_factory, tmp_path, capsys):
-    "Those of one process, one by one, with as many threads."
-    import torch
-    from letkd.cli import main
-    one, two = tmp_path_factory.getbasetemp()/'studies', tmp_path/'two'
-    assert main(['sweep', 'ablation/clusters', '--out', str(one), '--quiet', *MINIATURE]) == 0
-    done = subprocess.run(command('sweep', 'ablation/clusters', '--out', two, '--jobs', 2,
-                                  *MINIATURE), capture_output=True, text=True,
-                          timeout=600, env=dict(os.environ,
-                                                OMP_NUM_THREADS=str(torch.get_num_threads())))
-    assert done.returncode == 0, done.stderr
-    assert capsys.readouterr().out.splitlines()[-9:-1] == done.stdout.splitlines()[-9:-1]
-    found, expected = hashes(two), hashes(one)
-    assert len(found) == 6 and found == {name: expected[name] for name in found}
-    assert done.stdout.index('6/6: ') < done.stdout.rindex('epoch 1/1') and 'steps/s' in done.stdout
 
 
 @pytest.mark.parametrize('jobs', [1, 2])
 def test_students_of_a_teacher_that_failed_are_not_started(jobs, tmp_path, capsys):
     from letkd.cli import main
     from letkd.runs.experiments import Experiment
-    teacher = Experiment.named('digit_pairs/resnet14', epochs=1, train_size=1280)
-    broken = tmp_path/teacher.folder/f'checkpoint-00000001-{hashlib.sha256(b"x").hexdigest()[:16]}.pt'
+    teacher = Experiment.named('digit_pairs/resnet8', epochs=1, train_size=640, eval_split='train')
+    wrong = hashlib.sha256(b'x').hexdigest()[:16]
+    broken = tmp_path/teacher.folder/f'checkpoint-00000001-{wrong}.pt'
     broken.parent.mkdir(parents=True)
     broken.write_text('x')
-    assert main(['sweep', 'ablation/clusters', '--out', str(tmp_path), '--jobs', str(jobs),
-                 *MINIATURE]) == 2
+    args = miniature('ablation/clusters', tmp_path, '--jobs', str(jobs), pair='resnet8-resnet8x0.5')
+    assert main(args) == 2
     said = capsys.readouterr().err
-    assert '1 of 6 runs failed, so 4 more did not start' in said and said.count('delete it') == 1 and f'{teacher.folder}: ' in said
-    assert [name.split('/')[1:3] for name in hashes(tmp_path)] == [['resnet8', 'ce']]
+    assert '1 of 6 runs failed, so 4 more did not start' in said
+    assert f'{teacher.folder}: ' in said and said.count('delete it') == 1
+    path, = kept(tmp_path, 'record.json')
+    assert path.relative_to(tmp_path).parts[1:3] == ('resnet8x0.5', 'ce')
 
 
-def free(folder):  # is nobody at work there?
+def hashes(out):
+    return {p.relative_to(out): json.loads(p.read_text())['student_hash']
+            for p in kept(out, 'record.json')}
+
+
+def is_free(folder):
+    "Is nobody at work there?"
     from filelock import FileLock, Timeout
     try:
         with FileLock(folder/'.run.lock', timeout=0): return True
     except Timeout: return False
 
 
-def test_many_runs_stop_together_and_go_on(tmp_path):
-    """Killed, the parent leaves nobody behind; by Ctrl-C it ends in order; the same command then
-    comes to its end."""
-    words = command('sweep', 'ablation/clusters', '--dataset', 'digit_pairs', '--pair',
-                    'resnet8-resnet8x0.5', '--out', tmp_path, '--jobs', 2, '--quiet',
-                    **dict(SMALL, epochs=6))
-    started = lambda: [p for p in tmp_path.rglob('.run.lock') if not free(p.parent)]
+def test_many_runs_at_once_stop_together_and_end_as_one_by_one(server, tmp_path, capsys):
+    """Killed, the parent leaves nobody behind; by Ctrl-C it ends in order. The same command then
+    comes to its end, with the bits of one process that was never stopped."""
+    from letkd.cli import main
+    one, two, said = tmp_path/'one', tmp_path/'two', tmp_path/'said'
+    sweep = partial(miniature, 'ablation/clusters', pair='resnet8-resnet8x0.5', epochs=6,
+                    teacher_epochs=6)
+    started = lambda: {p.parent for p in kept(two, '.run.lock') if not is_free(p.parent)}
     for number, code in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                   text=True, stdin=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while len(started()) < 2 and time.time() < deadline: time.sleep(.02)
-        before = {p.parent for p in started()}
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == code and 'Traceback' not in error, error
-        if number == signal.SIGINT: assert 'stopped by SIGINT' in error and 'goes on' in error
-        while started() and time.time() < deadline: time.sleep(.02)
-        assert len(before) == 2 and not started() and all(list(folder.glob('checkpoint-*.pt'))
-                                                          for folder in before)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        process = start(server, sweep(two, '--jobs', '2', '--quiet'), said)
+        assert wait_for(lambda: len(started()) == 2, process, every=.02)
+        at_work = started()
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == code and 'Traceback' not in said.read_text(), said.read_text()
+        assert wait_for(lambda: not started(), every=.02)
+        assert len(at_work) == 2 and all(list(folder.glob('checkpoint-*.pt')) for folder in at_work)
+    assert 'stopped by SIGINT' in said.read_text() and 'goes on' in said.read_text()
+    left = 6 - len(kept(two, 'record.json'))
+    done = subprocess.run([*LETKD, *sweep(two, '--jobs', '2')], capture_output=True, text=True,
+                          timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
-    assert len(hashes(tmp_path)) == 6
+    assert done.stdout.index(f'{left}/{left}: ') < done.stdout.rindex('epoch 6/6')
+    assert 'steps/s' in done.stdout
+    assert finished(server, sweep(one, '--quiet')) == 0
+    assert len(hashes(one)) == 6 and hashes(one) == hashes(two)
+    assert main(['table', *sweep(one)[1:]]) == 0
+    assert capsys.readouterr().out in done.stdout
 
 
 def test_bench_in_miniature(tmp_path, capsys, monkeypatch):
-    "Every part, in a few seconds; the file is JSON, and no record of a run."
-    from letkd.results import bench
+    """The parts that compile, for a backend that generates no code; the notebook of the bench runs
+    all. The file is JSON, and no record of a run."""
+    import torch
     from letkd.cli import main
+    from letkd.results import bench
     from letkd.results.tables import read_records
-    tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1],
-                       dict(base=(32, 8, 32), n=(32,), c=(8,), k=(16, 32)), 'resnet8',
-                       'resnet8x0.5',
-                       8, 16, 10, 32, (600, 8, 10), (1000, 12, 6), settings=('letkd',))
+    monkeypatch.setattr('torch.compile', partial(torch.compile, backend='eager'))
+    tiny = bench.Scale(0., 1, (64, 8, 32, 8), bench.PAIRS[:1], {}, 'resnet8', 'resnet8x0.5', 8, 16,
+                       10, 32)
     monkeypatch.setattr(bench, 'QUICK', tiny)
-    assert main(['bench', '--quick', '--device', 'cpu', '--json', str(tmp_path/'bench.json')]) == 0
-    record, said = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
+    file = tmp_path/'bench.json'
+    assert main(['bench', '--quick', '--device', 'cpu', '--json', str(file), '--parts', 'layer',
+                 'step']) == 0
+    record, said = json.loads(file.read_text()), capsys.readouterr().out
     assert record['kind'] == 'bench' and record['versions']['torch'] and record['threads'] == 1
+    assert {row['part'] for row in record['rows']} == {'layer', 'inference', 'step'}
+    assert 'compiled' in {row['form'] for row in record['rows']}
     assert all(row['seconds'] > 0 and row['low'] <= row['seconds'] <= row['high']
                for row in record['rows'])
-    for word in (*bench.PARTS, 'letkd1 after', 'images/s', 'targets'): assert word in said, word
+    for word in ('letkd1 after', 'targets', 'layer: ', 'step: '): assert word in said, word
     assert read_records(tmp_path) == []

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,6 @@ import pytest
 import lives
 
 METHODS = ('letkd2', 'ab')
-
-
-@pytest.fixture(scope='module')
-def server(): return lives.server()
 
 
 def together(server, target, count, *args, **options):
@@ -40,9 +35,15 @@ def prepared(method, out, lr=.02):
     return e, prepare(e, out, 'cpu', quiet=True)[0]
 
 
-def unseen(e, share=(0, 1)):
+def some(e, share=(0, 1)):
     from letkd.data.batches import Batches
-    return Batches(e.load('valid').subset(slice(333)), 50, share=share)
+    return Batches(e.load('train').subset(slice(333)), 50, share=share)
+
+
+def untimed(rows): return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+
+
+def sums(module): return {name: p.sum().item() for name, p in module.named_parameters()}
 
 
 def by_two(out, place):
@@ -60,14 +61,12 @@ def by_two(out, place):
                 for batch in training.rest(): training.step(*batch)
                 training.end_epoch()
             from_first(training.distiller.student.buffers())
-            found = evaluate(training.distiller.student, unseen(e, (rank(), processes())))
-            weights = training.distiller.state_dict()
-            rows = [{k: v for k, v in row.items() if k != 'seconds'} for row in training.history]
-            same = gathered([rows, {k: v.sum().item() for k,
-                                    v in training.distiller.named_parameters()}])
+            found = evaluate(training.distiller.student, some(e, (rank(), processes())))
+            weights, history = training.distiller.state_dict(), untimed(training.history)
+            same = gathered([history, sums(training.distiller)])
             assert same[0] == same[1], 'the processes have drifted apart'
             if not rank():
-                torch.save(dict(weights=weights, history=training.history, found=found),
+                torch.save(dict(weights=weights, history=history, found=found),
                            Path(out)/f'{method}.pt')
 
 
@@ -76,21 +75,21 @@ def by_halves(training, batches):
     of the first half."""
     import torch
     from torch import nn
-    student, norms = training.distiller, [m for m in training.distiller.modules()
-                                          if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    distiller = training.distiller
+    norms = [m for m in distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for images, labels, index in batches:
-        progress, rows = ((training.epoch + training.meter.step / training.steps) / training.epochs,
-                          [])
+        progress = (training.epoch + training.meter.step / training.steps) / training.epochs
+        found = []
         training.optimiser.zero_grad()
         for half in (slice(0, 32), slice(32, 64)):
-            kept = [copy.deepcopy(m._buffers) for m in norms]
-            logits, losses = student(images[half], labels[half], index[half], progress)
-            (sum(losses.values()) / 2).backward()
-            rows.append((losses, logits))
+            before = [copy.deepcopy(m._buffers) for m in norms]
+            found.append(distiller(images[half], labels[half], index[half], progress))
+            (sum(found[-1][1].values()) / 2).backward()
             if half.start:
-                for m, b in zip(norms, kept): m._buffers.update(b)
-        training.meter.add({k: (rows[0][0][k] + rows[1][0][k]) / 2 for k in rows[0][0]},
-                           torch.cat([r[1] for r in rows]), labels)
+                for m, buffers in zip(norms, before): m._buffers.update(buffers)
+        (logits, losses), (others, more) = found
+        training.meter.add({k: (losses[k] + more[k]) / 2 for k in losses},
+                           torch.cat([logits, others]), labels)
         training.optimiser.step()
         training.lr, = training.schedule.get_last_lr()
         training.schedule.step()
@@ -108,18 +107,17 @@ def test_two_processes_equal_two_halves(server, tmp_path):
         one.epochs = 3
         one.distiller.train()
         for _ in range(2): by_halves(one, one.batches)
-        for a, b in zip(one.history, two['history']):
-            assert {k: v for k, v in a.items()
-                    if k != 'seconds'} == pytest.approx({k: v for k, v in b.items()
-                                                         if k != 'seconds'}, rel=1e-4)
-        theirs = two['weights']
+        history = untimed(one.history)
+        assert len(history) == len(two['history']) == 2
+        for a, b in zip(history, two['history']): assert a == pytest.approx(b, rel=1e-4)
+        theirs = {k.removeprefix('student.'): v for k, v in two['weights'].items()
+                  if k.startswith('student.')}
         for name, x in one.distiller.student.state_dict().items():
-            torch.testing.assert_close(theirs[f'student.{name}'], x, atol=2e-4, rtol=2e-3,
+            torch.testing.assert_close(theirs[name], x, atol=2e-4, rtol=2e-3,
                                        msg=lambda m: f'{method} {name}: {m}')
-        one.distiller.student.load_state_dict({k.removeprefix('student.'): v for k,
-                                               v in theirs.items() if k.startswith('student.')})
+        one.distiller.student.load_state_dict(theirs)
         # 333 images, each once
-        assert evaluate(one.distiller.student, unseen(e)) == pytest.approx(two['found'], rel=1e-5)
+        assert evaluate(one.distiller.student, some(e)) == pytest.approx(two['found'], rel=1e-5)
 
 
 def steps_of_all(out, place):
@@ -137,14 +135,14 @@ def steps_of_all(out, place):
                          num_templates=16)
             name = f'digit_pairs/resnet8-resnet8/{method}'  # FSP wants equal widths
             known = Experiment.named(name).options
-            e = Experiment.named(name, **lives.SMALL,
-                                 **{k: v for k, v in small.items() if k in known})
+            options = {k: v for k, v in small.items() if k in known}
+            e = Experiment.named(name, **lives.SMALL, **options)
             training = prepare(e, out, 'cpu', quiet=True)[0]
             for progress, batch in zip((0, 0, 3), training.rest()):
                 training.history = [None] * progress
                 training.step(*batch)
-            sums = gathered({k: v.sum().item() for k, v in training.distiller.named_parameters()})
-            assert sums[0] == sums[1], method
+            same = gathered(sums(training.distiller))
+            assert same[0] == same[1], method
 
 
 def test_every_method_trains_in_two_processes(server, tmp_path):
@@ -165,8 +163,8 @@ def contrast(seed=0):
 def losses_of(term, maps, index):
     import torch
     from letkd.distiller import Batch, Maps
-    return term(Maps(teacher={'t': maps[1][index]}, student={'s': maps[0][index]}),
-                Batch(torch.zeros(len(index)), index % 5, index))
+    found = Maps(teacher={'t': maps[1][index]}, student={'s': maps[0][index]})
+    return term(found, Batch(torch.zeros(len(index)), index % 5, index))
 
 
 def banks_of_two(out, place):
@@ -189,8 +187,8 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
     assert together(server, banks_of_two, 2, str(tmp_path)) == [0, 0]
     two = torch.load(tmp_path/'banks.pt', weights_only=True)
     term, maps, batches = contrast()
-    assert [losses_of(term, maps, index).item()
-            for index in batches] == pytest.approx(two['losses'], rel=1e-5)
+    losses = [losses_of(term, maps, index).item() for index in batches]
+    assert losses == pytest.approx(two['losses'], rel=1e-5)
     for name, x in term.state_dict().items():
         if torch.is_tensor(x): torch.testing.assert_close(two['state'][name], x)
 
@@ -198,12 +196,10 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
 # A student whose parameters are shards
 
 def sharded_steps(out, place):
-    """A student with KD layers, its parameters shared between two processes by FSDP, and taught by
-    both."""
+    "Two processes teach a student with KD layers whose parameters FSDP shares between them."
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from letkd.layer import supervised
     from letkd.runs.processes import gathered, joined, rank
     os.environ |= place
     torch.set_num_threads(1)
@@ -213,13 +209,8 @@ def sharded_steps(out, place):
         for layer in layers: fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
         optimiser = torch.optim.SGD(student.parameters(), lr=.1)
-        for _ in range(2):
-            half = slice(2 * rank(), 2 * rank() + 2)
-            with supervised({layer: target(half) for layer,
-                             target in zip(layers, targets)}) as losses:
-                logits = student(images[half])
-            (logits.square().mean() + sum(losses.values())).backward()
-            optimiser.step(); optimiser.zero_grad()
+        half = slice(2 * rank(), 2 * rank() + 2)
+        two_steps(student, layers, images[half], [target(half) for target in targets], optimiser)
         found = {name: p.full_tensor() for name, p in student.named_parameters()}
         if not rank(): torch.save(found, Path(out)/'sharded.pt')
         gathered(None)
@@ -243,36 +234,35 @@ def supervised_student():
             [lambda part, p=p: DenseTarget(p[part].flatten(0, 1)) for p in probs])
 
 
+def two_steps(student, layers, images, targets, optimiser):
+    from letkd.layer import supervised
+    for _ in range(2):
+        with supervised(dict(zip(layers, targets))) as losses: logits = student(images)
+        (logits.square().mean() + sum(losses.values())).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
 def test_a_student_can_be_sharded(server, tmp_path):
     import torch
     import torch.distributed.fsdp as fsdp
     if not hasattr(fsdp, 'fully_shard'): pytest.skip('PyTorch 2.6 or later')
-    from letkd.layer import supervised
     assert together(server, sharded_steps, 2, str(tmp_path)) == [0, 0]
     found = torch.load(tmp_path/'sharded.pt', weights_only=True)
     student, layers, images, targets = supervised_student()
     optimiser = torch.optim.SGD(student.parameters(), lr=.1)
-    for _ in range(2):
-        with supervised({layer: target(slice(4)) for layer,
-                         target in zip(layers, targets)}) as losses:
-            logits = student(images)
-        (logits.square().mean() + sum(losses.values())).backward()
-        optimiser.step(); optimiser.zero_grad()
+    two_steps(student, layers, images, [target(slice(4)) for target in targets], optimiser)
     for name, p in student.named_parameters():
         torch.testing.assert_close(found[name], p.detach(), msg=lambda m: f'{name}: {m}')
 
 
 # The command
 
-def records(out, method):
-    return [json.loads(p.read_text()) for p in Path(out).rglob('record.json') if method in p.parts]
-
-
 @pytest.fixture(scope='module')
 def undisturbed(server, tmp_path_factory):
     out = tmp_path_factory.mktemp('two')
     assert together(server, lives.command, 2, lives.arguments('crd', out)) == [0, 0]
-    return lives.result(lives.folder_of('crd', out))
+    return lives.result(out, 'crd')
 
 
 def test_one_record_of_both(undisturbed):
@@ -281,32 +271,29 @@ def test_one_record_of_both(undisturbed):
 
 
 def test_a_stopped_run_of_two_goes_on_to_the_same_bits(server, undisturbed, tmp_path):
-    args, said = lives.arguments('crd', tmp_path), str(tmp_path/'said')
-    members = [server.Process(target=lives.command, args=(args, said + place['RANK']),
-                              kwargs=dict(place=place)) for place in lives.places(2)]
-    for m in members: m.start()
-    while not list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt')) and members[0].is_alive():
-        time.sleep(.002)
+    args = lives.arguments('crd', tmp_path)
+    members = [lives.start(server, args, place=place) for place in lives.places(2)]
+    assert lives.wait_for(lambda: lives.checkpoints(tmp_path, 'crd'), members[0])
     members[1].terminate()  # one of them is told; both stop after the same step
     for m in members: m.join(120)
     assert [m.exitcode for m in members] == [143, 143]
-    assert not records(tmp_path, 'crd')
+    assert not lives.kept(tmp_path, 'record.json', 'crd')
     assert together(server, lives.command, 2, args) == [0, 0]
-    assert lives.result(lives.folder_of('crd', tmp_path)) == undisturbed
+    assert lives.result(tmp_path, 'crd') == undisturbed
 
 
 def test_more_processes_than_before_may_go_on_and_say_so(server, tmp_path):
     args, said = lives.arguments('ce', tmp_path), tmp_path/'said'
-    alone = server.Process(target=lives.command, args=(args,))
-    alone.start()
-    while not list(tmp_path.glob('*/*/ce/*/checkpoint-*.pt')) and alone.is_alive(): time.sleep(.002)
+    alone = lives.start(server, args)
+    assert lives.wait_for(lambda: lives.checkpoints(tmp_path, 'ce'), alone)
     alone.terminate()
     alone.join(120)
     assert alone.exitcode == 143
     assert together(server, lives.command, 2, args, said) == [0, 0]
     line, = said.read_text().splitlines()
-    assert 'going on, but not to the same bits as without the stop: processes 1 before and 2 now' in line
-    record, = records(tmp_path, 'ce')
+    assert 'going on, but not to the same bits as without the stop: ' in line
+    assert 'processes 1 before and 2 now' in line
+    record = lives.result(tmp_path, 'ce')['record']
     assert record['processes'] == 2 and not record['steady']
 
 
@@ -314,10 +301,10 @@ def test_more_processes_than_before_may_go_on_and_say_so(server, tmp_path):
     (dict(batch_size=63), 'batch_size: found 63 for 2 processes; expected a multiple of 2'),
     (dict(sync_bn=True), 'sync_bn: found the device cpu; expected cuda')])
 def test_what_cannot_be_shared_is_refused(settings, says, server, tmp_path):
-    codes = together(server, lives.command, 2, lives.arguments('ce', tmp_path/'out', '--device',
-                                                               'cpu', **settings), tmp_path/'said')
+    args = lives.arguments('ce', tmp_path/'out', '--device', 'cpu', **settings)
+    codes = together(server, lives.command, 2, args, tmp_path/'said')
     assert codes == [2, 2] and says in (tmp_path/'said').read_text()
-    assert not records(tmp_path, 'ce')
+    assert not list(tmp_path.rglob('record.json'))
 
 
 def worker(torchrun, rank):
@@ -331,19 +318,17 @@ def worker(torchrun, rank):
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds the worker in /proc')
 def test_torchrun_starts_a_killed_worker_again(undisturbed, tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
-               '2', '--max-restarts', '1',
-               '-m', 'letkd.cli', *lives.arguments('crd', tmp_path, '--checkpoint-every', '1')]
-    env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')  # see 16_processes
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               '--nproc-per-node', '2', '--max-restarts', '1', '-m', 'letkd.cli',
+               *lives.arguments('crd', tmp_path, '--checkpoint-every', '1')]
+    env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')  # see nbs/runs/processes.ipynb
     with open(tmp_path/'said', 'w') as said:
         run = subprocess.Popen(command, stdout=said, stderr=said, env=env, start_new_session=True)
     try:
-        deadline = time.time() + 200
-        while len(list(tmp_path.glob('*/*/crd/*/checkpoint-*.pt'))) < 2 and run.poll() is None and time.time() < deadline:
-            time.sleep(.01)
+        assert lives.wait_for(lambda: len(lives.checkpoints(tmp_path, 'crd')) > 1, run)
         os.kill(worker(run.pid, 1), signal.SIGKILL)
         assert run.wait(200) == 0, (tmp_path/'said').read_text()
     finally:
         if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
-    assert lives.result(lives.folder_of('crd', tmp_path)) == undisturbed
+    assert lives.result(tmp_path, 'crd') == undisturbed
     assert 'going on' not in (tmp_path/'said').read_text()

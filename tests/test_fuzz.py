@@ -1,7 +1,9 @@
-"""Files and command lines of strangers: whatever is in them, success or one clear error, soon, and no half-written file.
+"""Files and command lines of strangers.
 
-Every run tries a few thousand mutated inputs, the same ones each time. `LETKD_FUZZ=100000 pytest tests/test_fuzz.py` tries so
-many. What fails is printed as a call of `attempt` or `command`, which does it again.
+Whatever is in them, there is success or one clear error, soon, and no half-written file. Every run
+tries a few thousand mutated inputs, the same ones each time; `LETKD_FUZZ=100000 pytest
+tests/test_fuzz.py` tries so many. What fails is printed as a call of `attempt` or `command`, which
+does it again.
 """
 import contextlib
 import functools
@@ -104,9 +106,9 @@ def mutated(data: bytes, rng) -> bytes:
 def places(value, path=()):
     "Where in nested dicts and lists something may be put."
     yield path
-    for key, inner in (value.items() if isinstance(value, dict) else enumerate(value)
-                       if isinstance(value, list) else ()):
-        yield from places(inner, (*path, key))
+    items = (value.items() if isinstance(value, dict)
+             else enumerate(value) if isinstance(value, list) else ())
+    for key, inner in items: yield from places(inner, (*path, key))
 
 
 def mutated_json(data: bytes, rng) -> bytes:
@@ -150,8 +152,8 @@ def tar_of(members: dict, mode='w') -> bytes:
 
 
 def zip_of(members: dict) -> bytes:
-    with warnings.catch_warnings(), zipfile.ZipFile(file := io.BytesIO(), 'w',
-                                                    zipfile.ZIP_DEFLATED) as archive:
+    file = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
         warnings.simplefilter('ignore')
         for name, data in members.items(): archive.writestr(name, data)
     return file.getvalue()
@@ -192,9 +194,10 @@ class Cifar:
 class Tiny:
     def __init__(self):
         wnids = ('n01', 'n02')
+        boxes = [f'val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t63\t63\n' for i in range(4)]
         self.members = {'wnids.txt': '\n'.join(wnids).encode(),
                         'words.txt': b'n01\tcat\nn02\tdog, hound\n',
-                        'val/val_annotations.txt': b''.join(b'val_%d.JPEG\tn0%d\t0\t0\t63\t63\n' % (i, i % 2 + 1) for i in range(4))}
+                        'val/val_annotations.txt': ''.join(boxes).encode()}
         self.members |= {f'train/{w}/images/{w}_0.JPEG': photo(i) for i, w in enumerate(wnids)}
         self.members |= {f'val/images/val_{i}.JPEG': photo(i) for i in range(4)}
         self.members = {f'{tiny_imagenet.NAME}/{name}': data for name, data in self.members.items()}
@@ -205,9 +208,10 @@ class Tiny:
     def load(self, folder):
         made = folder/f'{tiny_imagenet.NAME}.safetensors'
         try:
-            images = tiny_imagenet.tiny_imagenet('valid', root=folder,
-                                                 md5=md5_of(folder/f'{tiny_imagenet.NAME}.zip'))
-            assert images.images.shape[1:] == (3, 64, 64) and read_tensors(made)[0].keys() >= {'train.images', 'val.labels'}
+            md5 = md5_of(made.with_suffix('.zip'))
+            images = tiny_imagenet.tiny_imagenet('valid', root=folder, md5=md5)
+            assert images.images.shape[1:] == (3, 64, 64)
+            assert read_tensors(made)[0].keys() >= {'train.images', 'val.labels'}
         finally: made.unlink(missing_ok=True)
 
 
@@ -223,13 +227,11 @@ class TinyFolder(Tiny):
 
 class TinyTensors:
     def files(self):
-        tensors = {f'{s}.{k}': v for s in ('train', 'val') for k,
-                   v in dict(images=torch.zeros(2, 3, 64, 64).byte()[:, :, :, :],
-                             labels=torch.arange(2)).items()}
+        tensors = {f'{split}.{name}': v for split in ('train', 'val') for name, v in (
+            ('images', torch.zeros(2, 3, 64, 64).byte()), ('labels', torch.arange(2)))}
         about = json.dumps(dict(classes=['a', 'b'], mean=[.5, .5, .5], std=[.2, .2, .2]))
-        return {f'{tiny_imagenet.NAME}.safetensors': save(tensors,
-                                                          dict(format=tiny_imagenet._FORMAT,
-                                                               about=about))}
+        data = save(tensors, dict(format=tiny_imagenet._FORMAT, about=about))
+        return {f'{tiny_imagenet.NAME}.safetensors': data}
 
     def mutate(self, name, data, rng):
         begin = 8 + int.from_bytes(data[:8], 'little')
@@ -244,8 +246,8 @@ class ImageNet:
         kinds = [dict(), dict(kind='PNG'), dict(kind='WEBP'), dict(mode='CMYK'),
                  dict(kind='PNG', mode='I;16'), dict(mode='L', progressive=True),
                  dict(kind='PNG', mode='P')]
-        photos = {f'imagenet/train/n0{i % 2}/{i}.JPEG': photo(i, (20, 17), **k) for i,
-                  k in enumerate(kinds)}
+        photos = {f'imagenet/train/n0{i % 2}/{i}.JPEG': photo(i, (20, 17), **kind)
+                  for i, kind in enumerate(kinds)}
         return photos | {f'imagenet/val/n0{i}/{i}.JPEG': photo(i) for i in range(2)}
 
     def mutate(self, name, data, rng):
@@ -286,8 +288,8 @@ class Checkpoint:
         for path in folder.glob('*.*'):
             try: load_weights(self.network, read_checkpoint(path), path)
             except CLEAR:
-                assert all(v.equal(before[k]) for k,
-                           v in self.network.state_dict().items()), 'loaded in part'
+                now = self.network.state_dict()
+                assert all(v.equal(before[k]) for k, v in now.items()), 'loaded in part'
                 raise
             assert all(v.isfinite().all() for v in self.network.state_dict().values())
             self.network.load_state_dict(before)
@@ -315,8 +317,7 @@ class Renamed(Checkpoint):
 
 
 class Student:
-    """With KD layers, whose alpha its file says; whatever is wrong with it, no other network comes
-    out."""
+    "With KD layers, whose alpha its file says: whatever is wrong with it, no other network comes."
     def __init__(self):
         torch.manual_seed(0)
         self.images, self.student = torch.randn(2, 3, 8, 8), create_model('resnet8x0.5', 5)
@@ -332,40 +333,39 @@ class Student:
 
     def mutate(self, name, data, rng):
         if rng.random() < .5: return TinyTensors.mutate(self, name, data, rng)
-        state, at = ({k: v.clone() for k, v in self.student.state_dict().items()},
-                     rng.choice(('layer3.kd_layer', 'layer2.kd_layer', 'layer1.kd_layer',
-                                 'layer1.kd_layer.layer', 'fc.kd_layer_input')))
-        key = f'{at}.{rng.choice(("templates", "semantics", "scale", "norm.weight", "x", "0.weight"))}'
+        state = {k: v.clone() for k, v in self.student.state_dict().items()}
+        at = rng.choice(('layer3.kd_layer', 'layer2.kd_layer', 'layer1.kd_layer',
+                         'layer1.kd_layer.layer', 'fc.kd_layer_input'))
+        parts = 'templates', 'semantics', 'scale', 'norm.weight', 'x', '0.weight'
+        key = f'{at}.{rng.choice(parts)}'
         state[key] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(3, 0), torch.ones(0, 3),
                                  torch.ones(2, 16, 1), torch.full((4, 32), torch.nan)])
         if rng.random() < .3: del state[key]
-        alpha, layout = {'layer3.kd_layer': 2., 'layer3.0.kd_layer': .5,
-                         'layer1.kd_layer.layer': 1.}, {'layer1.kd_layer': 'BCHW'}
+        alpha = {'layer3.kd_layer': 2., 'layer3.0.kd_layer': .5, 'layer1.kd_layer.layer': 1.}
+        layout = {'layer1.kd_layer': 'BCHW'}
         if rng.random() < .5:
-            alpha = rng.choice([None, 1, [], 'x', {}, dict(alpha, **{rng.choice(list(alpha)): rng.choice([None, 0., 1, '2', float('nan'), float('inf'), True, []])})])
+            wrong = rng.choice([None, 0., 1, '2', math.nan, math.inf, True, []])
+            alpha = rng.choice([None, 1, [], 'x', {}, alpha | {rng.choice(list(alpha)): wrong}])
         if rng.random() < .3:
-            layout = rng.choice([None, [], 'x', {},
-                                 *({'layer1.kd_layer': v}
-                                   for v in (None, 1, [], '', 'raw', 'BCH', '0x0', '@',
-                                             '9' * 5000))])
+            wrong = rng.choice([None, 1, [], '', 'raw', 'BCH', '0x0', '@', '9' * 5000])
+            layout = rng.choice([None, [], 'x', {}, {'layer1.kd_layer': wrong}])
         return save(state, dict(about=json.dumps(dict(alpha=alpha, layout=layout))))
 
     def load(self, folder):
         model = create_model('resnet8x0.5', 5, folder/'student.safetensors').eval()
         assert model(self.images).isfinite().all()
         layers = {at: m.alpha for at, m in model.named_modules() if isinstance(m, KDLayer)}
-        assert set(layers) == {k.rpartition('.')[0]
-                               for k in read_tensors(folder/'student.safetensors')[0]
-                               if k.endswith('.templates')}
+        keys = read_tensors(folder/'student.safetensors')[0]
+        assert set(layers) == {k.rpartition('.')[0] for k in keys if k.endswith('.templates')}
 
 
 def record(name='digit_pairs/resnet14-resnet8x0.5/letkd2', **more):
     e = Experiment.named(name)
     values = dict(name=e.name, method=e.method, seed=e.seed, dataset=e.dataset, teacher=e.teacher,
-                  student=e.student, eval_split=e.eval_split, top1_last=50.,
-                  top1_best=51., epoch_best=1, top5_last=90., seconds=9., parameters=1000,
-                  target_perplexity=dict(layer3=3.5), curve=[51., 50.],
-                  settings=e.__dict__, time='2026-01-01T00:00:00Z')
+                  student=e.student, eval_split=e.eval_split, settings=e.__dict__,
+                  top1_last=50., top1_best=51., epoch_best=1, top5_last=90., curve=[51., 50.],
+                  target_perplexity=dict(layer3=3.5), parameters=1000, seconds=9.,
+                  time='2026-01-01T00:00:00Z')
     return json.loads(json.dumps(values | more))
 
 
@@ -397,8 +397,7 @@ class Supervision:
         return {path.name: path.read_bytes() for path in folder.glob('*.safetensors')}
 
     def mutate(self, name, data, rng):
-        if rng.random() < .5:
-            # as strangers may make it: no hash
+        if rng.random() < .5:  # as strangers may make it: no hash
             data = save({k: v.clone() for k, v in self.forged(name, rng).items()})
         return TinyTensors.mutate(self, name, data, rng) if rng.random() < .7 else data
 
@@ -416,9 +415,9 @@ class Supervision:
             def build(): raise AssertionError('fitted again')
             module = make()
             cached(folder, name, module, build)
-            target = module.target(self.rows, self.labels)
-            p = target.tile(0, len(self.rows))
-            assert p.isfinite().all() and (p.sum(1) - 1).abs().max() < 1e-3 and len(p) == len(self.rows)
+            p = module.target(self.rows, self.labels).tile(0, len(self.rows))
+            assert p.isfinite().all() and (p.sum(1) - 1).abs().max() < 1e-3
+            assert len(p) == len(self.rows)
 
 
 class Supervisions(Supervision):
@@ -469,8 +468,8 @@ LONG = int(os.environ.get('LETKD_FUZZ', 0))
 
 
 def share(count) -> int: # of inputs
-    return (-(-count * LONG // (COMMANDS + sum(count for _, count in LOADERS.values()))) if LONG
-            else count)
+    if not LONG: return count
+    return -(-count * LONG // (COMMANDS + sum(count for _, count in LOADERS.values())))
 
 
 def tree(folder):
@@ -493,8 +492,11 @@ def attempt(name, index, folder, loader=None, files=None) -> str:
         with soon(): loader.load(folder)
         outcome = 'read'
     except CLEAR as e:
-        assert 10 < len(said(e)) < 1500 and said(e).count('\n') < 7, f'not one clear error: {said(e)[:2000]!r}'
-        assert type(e) is not KeyError and folder.name in said(e), f'it does not say which file: {said(e)[:500]!r}'
+        text = said(e)
+        assert 10 < len(text) < 1500 and text.count('\n') < 7, \
+            f'not one clear error: {text[:2000]!r}'
+        assert type(e) is not KeyError and folder.name in text, \
+            f'it does not say which file: {text[:500]!r}'
         outcome = type(e).__name__
     finally:
         after = tree(folder)
@@ -584,10 +586,9 @@ def test_no_program_is_run(kind, tmp_path):
 def test_weights_that_are_no_numbers_do_not_teach(number, tmp_path):
     state = create_model('resnet8', 100).state_dict()
     state['layer2.0.conv1.weight'][0, 0, 0, 0] = number
-    (tmp_path/'teacher.safetensors').write_bytes(save({k: v.contiguous() for k,
-                                                       v in state.items()}))
-    e = Experiment.named('digit_pairs/resnet8-resnet8x0.5/kd',
-                         teacher_checkpoint=str(tmp_path/'teacher.safetensors'), **MINI)
+    path = tmp_path/'teacher.safetensors'
+    path.write_bytes(save({k: v.contiguous() for k, v in state.items()}))
+    e = Experiment.named('digit_pairs/resnet8-resnet8x0.5/kd', teacher_checkpoint=str(path), **MINI)
     with pytest.raises(ValueError, match='no finite numbers: layer2.0.conv1.weight'):
         run(e, tmp_path/'runs', quiet=True)
     assert not list(tmp_path.rglob('*.json'))
@@ -600,21 +601,18 @@ NETWORKS = ['resnet8', 'resnet14', 'resnet8x0.5', 'resnet20', 'wrn_16_1', 'shuff
             'resnet999999992']
 WORDS = ['run', 'table', 'sweep', 'demo', '--set', '--seed', '--out', '--device', '--quiet',
          '--seeds', '--dataset', '--pair', '--markdown', '--names', '--help', '--version', '--',
-         '-h', '-1',
-         '=', '', ' ', '\n', '\0', '\udcff', 'nowhere', '0', '-0', '1e9', '9' * 5000, 'a' * 300,
-         'x' * 100_000, '٣', '½', 'cifar100', 'ablation/layers', 'ablation/', 'ablation/x',
-         'reproduce', 'bench', '--json', '--checkpoint-every', '--deterministic', '--figure']
+         '-h', '-1', '=', '', ' ', '\n', '\0', '\udcff', 'nowhere', '0', '-0', '1e9', '9' * 5000,
+         'a' * 300, 'x' * 100_000, '٣', '½', 'cifar100', 'ablation/layers', 'ablation/',
+         'ablation/x', 'reproduce', 'bench', '--json', '--checkpoint-every', '--deterministic',
+         '--figure']
 TEXTS = ['', '0', '-1', '1', '2', '1e999', '-1e999', 'nan', 'inf', '1e-400', 'None', 'True',
          'false', '()', '(', '(' * 10_000, '[' * 1000 + ']' * 1000, '9' * 5000, '1_0', '0x10',
-         "'a'", "'", '{}',
-         '{1: 2}', '1j', 'b"x"', '(.5, 2)', '("a", "b")', "('layer3', 3)", '__import__("os")',
-         '1+1', '-' * 3000 + '1', '\0', '\ud800', '../../x', 'valid', 'test', 'a' * 10_000, '.5',
-         '1e18', '0.1', '3.0']
+         "'a'", "'", '{}', '{1: 2}', '1j', 'b"x"', '(.5, 2)', '("a", "b")', "('layer3', 3)",
+         '__import__("os")', '1+1', '-' * 3000 + '1', '\0', '\ud800', '../../x', 'valid', 'test',
+         'a' * 10_000, '.5', '1e18', '0.1', '3.0']
 KEYS = [*Experiment.__dataclass_fields__, 'num_prototypes', 'tau', 'alpha_penultimate', 'per_class',
         'temperature', 'stages', 'kernels', 'x', '', 'a' * 1000, '__class__', 'self', 'name', 'cls',
         'options']
-
-
 STUDIES = ['cifar100', 'imagenet', 'ablation/layers', 'ablation/capacity', 'ablation/subclasses',
            'ablation/probe', 'ablation/cost', 'ablation/', 'x']
 
@@ -640,15 +638,15 @@ def words(rng) -> list:
                        ['reproduce', rng.choice(['record.json', 'nowhere.json', '', '.'])],
                        ['demo', '--seeds', rng.choice(['1', '2', '0', *TEXTS])],
                        ['bench', '--parts', rng.choice(['layer', 'x'])]])
-    line += rng.choice([[], [], ['--quiet'], ['--out',
-                                              rng.choice(['', ' ', '\n', '\0', '\udcff', '9' * 5000,
-                                                          'a' * 300, 'nowhere'])],
-                        ['--seed', rng.choice(TEXTS)], ['--device', rng.choice(TEXTS)]])
+    out = rng.choice(['', ' ', '\n', '\0', '\udcff', '9' * 5000, 'a' * 300, 'nowhere'])
+    line += rng.choice([[], [], ['--quiet'], ['--out', out], ['--seed', rng.choice(TEXTS)],
+                        ['--device', rng.choice(TEXTS)]])
     for _ in range(rng.choice((0, 0, 0, 0, 1, 3))):
         i = rng.randrange(len(line) + 1)
-        line[i:i + rng.randrange(2)] = [rng.choice(WORDS) if rng.random() < .7 or not line[i:]
-                                        else mutated(line[i].encode('utf-8', 'surrogatepass'),
-                                                     rng).decode('utf-8', 'surrogateescape')]
+        word = (rng.choice(WORDS) if rng.random() < .7 or not line[i:] else
+                mutated(line[i].encode('utf-8', 'surrogatepass'), rng).decode('utf-8',
+                                                                              'surrogateescape'))
+        line[i:i + rng.randrange(2)] = [word]
     return line
 
 
@@ -664,17 +662,19 @@ def command(index, folder) -> str:
     assert code in (0, 2), f'{line!r:.300}: exit code {code}'
     usage = said.startswith('usage: ') and 'error: ' in said  # argparse has its own words
     if code and not usage:
-        assert said.startswith('letkd: ') and said.count('\n') < 7 and len(said) < 2000 + len(''.join(line)), f'{line}: {said[:2000]}'
+        assert said.startswith('letkd: ') and said.count('\n') < 7, f'{line}: {said[:2000]}'
+        assert len(said) < 2000 + len(''.join(line)), f'{line}: {said[:2000]}'
     assert tree(folder) == before, f'{line} has written'
     return 'done' if code == 0 else 'usage' if usage else 'refused'
 
 
 @pytest.fixture
 def nothing_runs(monkeypatch, tmp_path):
-    "`letkd.runs.running.run` only looks where it would write."
+    "What would train only looks at where it would write."
     def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m', log=None):
         folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
-        assert folder.is_relative_to(out) and folder != out and '\0' not in e.folder and len(e.folder) < 250, e.folder
+        assert folder.is_relative_to(out) and folder != out, e.folder
+        assert '\0' not in e.folder and len(e.folder) < 250, e.folder
         assert e == Experiment(**e.__dict__) and json.loads(json.dumps(e.__dict__))
         return record(e.name) | dict(settings=json.loads(json.dumps(e.__dict__)), seed=e.seed)
     monkeypatch.setattr('letkd.runs.running.run', run)

@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +16,12 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from conftest import ROOT, copy_project
+from conftest import NBS, STORY, copy_project
+from lives import free_port
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 pytestmark = pytest.mark.skipif(not CHROMIUM or bool(os.environ.get('CI')),
                                 reason='no Chromium, or no time for it')
-CHAPTERS = sorted(p.name for p in (ROOT/'nbs').glob('0[1-7]_*.ipynb'))
 RUN_ALL = '''(async () => {
   const app = window.jupyterapp; await app.restored;
   const panel = await app.commands.execute('docmanager:open',
@@ -41,12 +40,6 @@ RUN_ALL = '''(async () => {
 
 
 def is_slow(cell): return bool(re.match(r'#\|\s*(slow|eval:\s*false)', ''.join(cell['source'])))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 def wait_for(what, condition, seconds=60):
@@ -87,7 +80,7 @@ def lab(tmp_path_factory, files):
     home = tmp_path_factory.mktemp('lab')
     tree, port = copy_project(files, home/'project'), free_port()
     token = secrets.token_hex()
-    for name in CHAPTERS:
+    for name in STORY:
         notebook = json.loads((tree/'nbs'/name).read_text(encoding='utf-8'))
         for cell in notebook['cells']:
             if is_slow(cell): cell['source'] = []
@@ -122,12 +115,12 @@ def lab(tmp_path_factory, files):
             for process in started: process.wait(20)
 
 
-@pytest.mark.parametrize('name', CHAPTERS)
+@pytest.mark.parametrize('name', STORY)
 def test_run_all(lab, name, tmp_path):
     done = lab.js(RUN_ALL.replace('NAME', json.dumps(name)))
     (tmp_path/'page.png').write_bytes(base64.b64decode(lab('Page.captureScreenshot')['data']))
     assert not done['errors'] and done['run'] == done['cells'] > 0, done
-    stored = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']
+    stored = json.loads((NBS/name).read_text(encoding='utf-8'))['cells']
     figures = sum('image/png' in o.get('data', ()) for c in stored
                   if c['cell_type'] == 'code' and not is_slow(c) for o in c['outputs'])
     assert done['figures'] == figures, f"{done['figures']} figures; {figures} are stored"

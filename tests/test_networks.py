@@ -1,4 +1,7 @@
-"""Networks of ten families, as students and as teachers: their maps lie in their tensors in many ways, and a misread one is quiet."""
+"""Networks of ten families, as students and as teachers.
+
+Their maps lie in their tensors in many ways, and nothing fails where one is misread.
+"""
 import copy
 
 import pytest
@@ -31,11 +34,13 @@ def torchvision(name): return lambda: tv.get_model(name, weights=None, num_class
 def tv_convnext():
     return tv.convnext.ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)],
                                 num_classes=CLASSES)
+
+
 def tv_swin(): return tv.SwinTransformer([4, 4], 16, [1, 1], [1, 2], [4, 4], num_classes=CLASSES)
 
 
-# Family: (how it is made, a tap in the middle, the last map's tap, pixels for a place there and
-# there, layouts there and there).
+# Family: (how it is made, a tap in the middle, the last map's tap, pixels to a place at the one and
+# at the other, layouts at the one and at the other).
 FAMILIES = {
     'torchvision/resnet18': (torchvision('resnet18'), 'layer3.0', 'layer3', 16, 16, '', ''),
     'torchvision/mobilenet_v3_small': (torchvision('mobilenet_v3_small'), 'features.4',
@@ -77,8 +82,8 @@ def cnn(): return create_model('resnet8x0.5', CLASSES)
 
 
 def one_step(method, student, teacher, batch, pairs):
-    """A step of a method; what it must leave behind. `pairs`: (student's tap, teacher's tap) in the
-    middle and at the end."""
+    """A step of a method, and what it must leave behind. `pairs`: (student's tap, teacher's tap) in
+    the middle and at the end."""
     images, labels = batch
     with evaluating(student): plain = student(images)
     keys = list(student.state_dict())
@@ -89,11 +94,12 @@ def one_step(method, student, teacher, batch, pairs):
     distiller = Distiller(student, teacher, terms).train()
     logits, losses = distiller(images, labels)
     assert logits.shape == (len(images), CLASSES)
-    assert {name for name, loss in losses.items() if not loss.isfinite()} == set()
+    assert not [name for name, loss in losses.items() if not loss.isfinite()]
     sum(losses.values()).backward()
-    for name, loss in losses.items(): assert loss >= 0 or name == 'ce', name
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for key,
-               p in student.named_parameters() if 'kd_layer' not in key)
+    for name, loss in losses.items(): assert loss >= 0, name
+    assert any(p.grad is not None and p.grad.abs().sum() > 0
+               for key, p in student.named_parameters() if 'kd_layer' not in key)
+    assert distiller.layers
     assert all(layer.templates.grad.abs().sum() > 0 for layer in distiller.layers.values())
     assert all(p.grad is None for p in teacher.parameters())
     with evaluating(student), evaluating(twin := copy.deepcopy(student)):
@@ -102,7 +108,6 @@ def one_step(method, student, teacher, batch, pairs):
     assert list(student.state_dict()) == keys
     assert not [m for m in student.modules() if m._forward_hooks or m._forward_pre_hooks]
     with evaluating(student): assert student(images).shape == plain.shape
-    return distiller
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -130,7 +135,7 @@ def test_teaches_a_cnn(name, method, batch):
     one_step(method, cnn(), make(), batch, (('layer2', near), ('layer3', last)))
 
 
-# tokens before the patches
+# network: its tokens before the patches
 VITS = {'vit_tiny_patch16_224': 1, 'deit_tiny_distilled_patch16_224': 2,
         'vit_medium_patch16_reg4_gap_256': 4}
 

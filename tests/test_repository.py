@@ -1,7 +1,7 @@
-"""The state of the repository: notebooks clean, modules in step with them, links, sizes, documentation, metadata.
+"""The state of the repository: modules in step, style, links, documentation, metadata.
 
-A failure names what to change. Most are mended by one of
-`nbdev_export`, `nbdev_clean`, `python tests/readme.py`.
+A failure names what to change. Most are mended by one of `nbdev_export`, `nbdev_clean`,
+`python tests/readme.py`.
 """
 import ast
 import importlib
@@ -23,23 +23,23 @@ import yaml
 from fastcore.docments import docments
 
 import readme
+from conftest import NBS, NOTEBOOKS, ROOT, STORY
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib  # comes with pytest there
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS, LIB = ROOT/'nbs', ROOT/'letkd'
-NOTEBOOKS = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob('*.ipynb')
-                   if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
+LIB = ROOT/'letkd'
+TESTS = sorted(p.name for p in (ROOT/'tests').glob('*.py'))
 MODULES = sorted(p.relative_to(ROOT).as_posix() for p in LIB.rglob('*.py') if p.name[0] != '_')
 LONGEST_CELL = 30  # lines that are not blank: what is read in one glance
+# 'notebook#cell id': why it is longer
 LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its comment',
               '05_prototypes.ipynb#56be68e8': 'one class',
               '05_prototypes.ipynb#cc57ba5a': 'one class',
               'runs/training.ipynb#7bf509d6': 'one class',
               'data/batches.ipynb#c0937ddc': 'one class',
               'results/bench.ipynb#05d00190': 'one class',
-              'runs/shipping.ipynb#64e02333': 'one function'} # 'notebook#cell id': why it is longer
+              'runs/shipping.ipynb#64e02333': 'one function'}
 VISIBLE = 60  # lines of code that a chapter of the story shows without a click
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
 WIDE_TABLES = {'02_solver.ipynb#8100fbf5', '02_solver.ipynb#19c2beb7'}  # nine statistics of a row
@@ -64,12 +64,11 @@ def prose(page):
 
 
 def bare(source):
-    return re.sub(r'^\s*[%!].*$', '', source, flags=re.M) # without the notebook's magics
+    "A cell without the notebook's magics."
+    return re.sub(r'^\s*[%!].*$', '', source, flags=re.M)
 
 
-def parsed(source):
-    "The syntax tree of a cell."
-    return ast.parse(bare(source))
+def parsed(source): return ast.parse(bare(source))
 
 
 def imports(code):
@@ -88,8 +87,8 @@ def nbdev(call, tree):
     # set inside nbdev_test; export then skips the index
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     done = subprocess.run([sys.executable, '-c', f'from {module} import {name}; {name}()'],
-                          cwd=tree, env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                          cwd=tree, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, f'{name} failed:\n{done.stdout[-3000:]}'
 
 
@@ -139,7 +138,8 @@ def test_sidebar_lists_every_notebook_once():
     pages = sidebar()
     assert len(pages) == len(set(pages)), 'a page stands twice in the sidebar'
     missing, gone = sorted(set(NOTEBOOKS) - set(pages)), sorted(set(pages) - set(NOTEBOOKS))
-    assert not missing and not gone, f'_quarto.yml: not in the sidebar {missing}; listed but not there {gone}'
+    assert not missing and not gone, \
+        f'_quarto.yml: not in the sidebar {missing}; listed but not there {gone}'
 
 
 def exporters():
@@ -152,14 +152,10 @@ def exporters():
     return found
 
 
-STORY = [n for n in NOTEBOOKS if re.match(r'\d\d_', n)]
-
-
 def test_the_story_is_numbered_without_gaps():
-    assert [int(n[:2]) for n in STORY] == list(range(int(STORY[0][:2]),
-                                                     int(STORY[0][:2]) + len(STORY))), STORY
-    assert [n for n in sidebar()
-            if n in STORY] == STORY, 'the sidebar has the chapters in their order'
+    assert [int(n[:2]) for n in STORY] == list(range(1, len(STORY) + 1)), STORY
+    listed = [n for n in sidebar() if n in STORY]
+    assert listed == STORY, 'the sidebar has the chapters in their order'
 
 
 def is_visible(cell):
@@ -214,9 +210,9 @@ def test_title_and_one_line_summary(name):
     first = load(name)['cells'][0]
     lines = [line for line in readme.text(first['source']).splitlines() if line.strip()]
     assert first['cell_type'] == 'markdown' and len(lines) >= 2, f'{name} begins with a title cell'
-    assert re.match(r'# \S', lines[0]) and re.match(r'> \S', lines[1]), f'{name}: a title, then a quote of one line'
-    assert len([line for line in lines
-                if line.startswith('>')]) == 1, f'{name}: the summary is one line'
+    quotes = [i for i, line in enumerate(lines) if line.startswith('>')]
+    assert re.match(r'# \S', lines[0]) and quotes == [1] and re.match(r'> \S', lines[1]), \
+        f'{name}: a title, then a quote of one line'
 
 
 GUIDES = [n for n in NOTEBOOKS if n.startswith('guides/')]
@@ -227,22 +223,25 @@ def test_guides_open_in_colab(name):
     "A link under the title, and a hidden cell that installs the library there."
     _, badge, install = load(name)['cells'][:3]
     address = f'https://colab.research.google.com/github/letkd/letkd/blob/main/nbs/{name}'
-    assert readme.text(badge['source']) == f'[Open in Colab]({address})', f'{name}: its second cell is the link to Colab'
+    assert readme.text(badge['source']) == f'[Open in Colab]({address})', \
+        f'{name}: its second cell is the link to Colab'
     source = readme.text(install['source'])
-    assert readme.is_hidden(install) and "if 'google.colab' in sys.modules:" in source and 'github.com/letkd/letkd' in source
+    assert readme.is_hidden(install), f'{name}: its third cell is hidden'
+    assert "if 'google.colab' in sys.modules:" in source and 'github.com/letkd/letkd' in source
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_only_imports_are_hidden(name):
-    """The site leaves out the source of cells that are hidden or exported by `#| export`; `#|
-    exports` shows it."""
+    """The site leaves out the source of cells that are hidden or exported by `#| export`;
+    `#| exports` shows it."""
     def defines(node):  # imports, and settings such as a seed or a theme, define nothing
         targets = getattr(node, 'targets', [getattr(node, 'target', None)])
         return (isinstance(node, (ast.FunctionDef, ast.ClassDef))
                 or any(isinstance(t, (ast.Name, ast.Tuple)) for t in targets))
     hidden = [c['id'] for c, source in cells(name, 'code') if readme.is_hidden(c)
               and any(map(defines, parsed(source).body))]
-    assert not hidden, f'{name}: a reader does not see what cells {hidden} define; export by `#| exports`'
+    assert not hidden, \
+        f'{name}: a reader does not see what cells {hidden} define; export by `#| exports`'
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -267,7 +266,7 @@ def test_outputs_are_stored(name):
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_cells_are_read_in_one_glance(name):
     size = {f"{name}#{c['id']}": sum(bool(line.strip()) and not line.startswith('#| code-')
-                                       for line in source.splitlines())
+                                     for line in source.splitlines())
             for c, source in cells(name, 'code')}
     long = {k: n for k, n in size.items() if n > LONGEST_CELL and k not in LONG_CELLS}
     assert not long, f'cells of more than {LONGEST_CELL} lines: {long}'
@@ -282,6 +281,13 @@ def test_lines_of_code_fit_their_column(name):
             for c, source in cells(name, 'code') for line in source.splitlines()
             if len(line) > width and not re.match(r'#\| fig-(cap|alt): ', line)]
     assert not long, f'lines of more than {width} characters: {long}'
+
+
+@pytest.mark.parametrize('name', TESTS)
+def test_lines_of_tests_fit_the_same_column(name):
+    lines = (ROOT/'tests'/name).read_text(encoding='utf-8').splitlines()
+    long = [f'{name}:{i} {len(line)}' for i, line in enumerate(lines, 1) if len(line) > WIDE]
+    assert not long, f'lines of more than {WIDE} characters: {long}'
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -306,9 +312,15 @@ def test_text_tables_are_no_wider_than_the_page(name):
                if not {'text/html', 'text/markdown'} & set(o.get('data', {}))]
     lines = [(i, line) for i, o in outputs
              for line in readme.text(o.get('text') or o['data'].get('text/plain', '')).splitlines()]
-    wide = {i for i, line in lines if len(line) > WIDE and f'{name}#{i}' not in WIDE_TABLES
-            and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
-    assert not wide, f'{name}: the tables of cells {sorted(wide)} are wider than {WIDE} columns'
+    wide = {f'{name}#{i}' for i, line in lines
+            if len(line) > WIDE and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
+    assert not wide - WIDE_TABLES, f'tables wider than {WIDE} columns: {wide - WIDE_TABLES}'
+    stale = {k for k in WIDE_TABLES - wide if k.split('#')[0] == name}
+    assert not stale, f'WIDE_TABLES lists cells that have no wide table: {stale}'
+
+
+def test_exceptions_are_of_notebooks_that_are_there():
+    assert {k.split('#')[0] for k in {*LONG_CELLS, *WIDE_TABLES}} <= {*NOTEBOOKS}
 
 
 def test_readme_says_what_index_says():
@@ -362,8 +374,8 @@ def dead_links(page, folder, here):
         if re.match(r'[a-z][a-z+.-]*:', target): continue
         file = (folder/path).resolve() if path else NBS/here if here else None
         if file is None or not file.exists(): yield target
-        elif anchor and file.suffix == '.ipynb' and anchor not in anchors(file.relative_to(NBS).as_posix()):
-            yield target
+        elif anchor and file.suffix == '.ipynb':
+            if anchor not in anchors(file.relative_to(NBS).as_posix()): yield target
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -385,7 +397,8 @@ def test_no_raw_marks(name):
                        markdown(name), re.M)
     found += [m for _, source in cells(name, 'code')
               for m in re.findall(r'@(?:eq|fig)-[\w-]+|\[@\w[^\]]*\]', source)]
-    assert not found, f'{name}: {found}; number equations by \\tag, and cite by a link to references.ipynb'
+    assert not found, \
+        f'{name}: {found}; number equations by \\tag, and cite by a link to references.ipynb'
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -396,8 +409,8 @@ def test_equations_are_numbered_in_order(name):
 
 def test_every_reference_is_cited():
     keys = re.findall(r'<a id="([\w:-]+)">', markdown('references.ipynb'))
-    cited = {k for n in NOTEBOOKS for k in re.findall(r'references\.ipynb#([\w:-]+)\)',
-                                                      markdown(n))}
+    cited = {k for n in NOTEBOOKS
+             for k in re.findall(r'references\.ipynb#([\w:-]+)\)', markdown(n))}
     assert len(keys) == len(set(keys)) and set(keys) == cited, sorted(set(keys) ^ cited)
 
 
@@ -411,9 +424,8 @@ def test_public_names_are_documented(path):
     missing = []
     for name in module.__all__:
         obj = getattr(module, name)
-        if not (inspect.isfunction(obj)
-                or inspect.isclass(obj)) or obj.__module__ != module.__name__:
-            continue
+        if not (inspect.isfunction(obj) or inspect.isclass(obj)): continue
+        if obj.__module__ != module.__name__: continue
         if not (obj.__doc__ or '').strip() or obj.__doc__.startswith(f'{name}('):
             missing.append(f'{name}: docstring')
         missing += [f'{name}: {what}' for what in undocumented(obj)]
@@ -435,8 +447,8 @@ def undocumented(obj):
     head = lines[node.lineno - 1:max(node.lineno, node.body[0].lineno - 1)]
     parts = [line.partition('#') for line in head]
     above = lambda i: i and not parts[i - 1][0].strip() and parts[i - 1][2].strip()
-    said = ' '.join(code for i, (code, _, comment) in enumerate(parts) if comment.strip()
-                    or above(i))
+    said = ' '.join(code for i, (code, _, comment) in enumerate(parts)
+                    if comment.strip() or above(i))
     names = [n for n in inspect.signature(call).parameters if n != 'self']
     missing = [n for n in names if not re.search(rf'\b{n}\b', said)]
     returns = node.returns is not None and ast.unparse(node.returns) != 'None'
@@ -463,8 +475,8 @@ def run(code):
 
 
 def test_import_is_lazy_and_fast():
-    code = ('import sys, time; t = time.perf_counter(); import letkd; print(time.perf_counter() - '
-            't, "torch" in sys.modules)')
+    code = ('import sys, time; t = time.perf_counter(); import letkd; '
+            'print(time.perf_counter() - t, "torch" in sys.modules)')
     seconds, torch = zip(*(run(code).split() for _ in range(3)))
     assert set(torch) == {'False'}, 'import letkd has imported torch'
     assert min(map(float, seconds)) < .2, f'import letkd took {seconds} seconds'
@@ -481,7 +493,8 @@ def test_the_package_shows_what_matters():
                     letkd.checks):
         inside = {m.removeprefix(f'{package.__name__}.') for m in exporters()
                   if m.startswith(f'{package.__name__}.')}
-        assert inside == set(package._modules) <= set(dir(package)), f'{package.__name__}._modules lists its modules'
+        assert inside == set(package._modules) <= set(dir(package)), \
+            f'{package.__name__}._modules lists its modules'
         with pytest.raises(AttributeError, match='no_such_name'): package.no_such_name
     with pytest.raises(AttributeError, match='no_such_name'): letkd.no_such_name
 
@@ -499,8 +512,7 @@ def test_names_in_prose_are_there():
              **{n: markdown(n) for n in NOTEBOOKS},
              **{p: (ROOT/p).read_text(encoding='utf-8') for p in MODULES}}
     names = {name: page for page, text in pages.items()
-             for name in dotted(text if page.endswith('.md')
-                                else re.sub(r'\]\([^)]*\)', ']', text))}
+             for name in dotted(re.sub(r'\]\([^)]*\)', ']', text))}
     code = f"""import functools, letkd, sys
 for name in {sorted(names)!r}:
     for module in [m for m in sys.modules if m.startswith('letkd.')]:
@@ -528,10 +540,12 @@ def settings_ini():
 
 def test_one_version_and_one_python():
     import letkd
-    assert settings_ini()['version'] == letkd.__version__, 'settings.ini and letkd/__init__.py give different versions'
-    latest = re.search(r'^## \[?(\d[\w.]*)', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'),
-                       re.M)
-    assert latest and latest[1] == letkd.__version__, 'the first entry of CHANGELOG.md is the version of the package'
+    assert settings_ini()['version'] == letkd.__version__, \
+        'settings.ini and letkd/__init__.py give different versions'
+    changes = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    latest = re.search(r'^## \[?(\d[\w.]*)', changes, re.M)
+    assert latest and latest[1] == letkd.__version__, \
+        'the first entry of CHANGELOG.md is the version of the package'
     assert pyproject()['project']['requires-python'] == f">={settings_ini()['min_python']}"
     assert pyproject()['project']['description'] == settings_ini()['description']
     cited = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
@@ -550,7 +564,8 @@ def test_dependencies_are_those_imported():
     assert 'letkd[onnx]' in extras['dev'], 'who develops has every extra'
     base, dev = ({re.match(r'[\w-]+', d)[0] for d in ds}
                  for ds in (project['dependencies'], extras['dev'] + extras['onnx']))
-    assert not (lacking := sorted(used - base - dev)), f'letkd imports {lacking}: add them to the dependencies'
+    lacking = sorted(used - base - dev)
+    assert not lacking, f'letkd imports {lacking}: add them to the dependencies'
     unused = sorted(base - used - {names.get(m, m) for m in read})
     assert not unused, f'nothing imports {unused}: take them out of the dependencies'
 
@@ -560,8 +575,8 @@ def test_ci_and_readme_give_the_same_commands():
     assert command in readme.code(readme.README.read_text(encoding='utf-8'))
     script = (ROOT/'.ci'/'run').read_text(encoding='utf-8')
     for part in command.split(' && '):
-        assert re.search(rf'^(\w+=\S+ )?step {re.escape(part)}$', script,
-                         re.M), f'.ci/run lacks: {part}'
+        step = rf'^(\w+=\S+ )?step {re.escape(part)}$'
+        assert re.search(step, script, re.M), f'.ci/run lacks: {part}'
 
 
 # Files

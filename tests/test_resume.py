@@ -1,6 +1,7 @@
-"""Runs that are killed: at any moment, while they write, by a signal, by a full disk. What comes out must not show it.
+"""Runs that are stopped: killed at any moment, while they write, by a signal, by a full disk.
 
-LETKD_KILLS=500 pytest tests/test_resume.py -k killed    kills more often than the 12 times of every day
+What comes out must not show it. `LETKD_KILLS=500 pytest tests/test_resume.py -k killed` kills more
+often than the 12 times of every day.
 """
 import os
 import random
@@ -8,40 +9,12 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-import lives
+from lives import arguments, checkpoints, finished, kept, result, start, wait_for
 
 KILLS = int(os.environ.get('LETKD_KILLS', 12))  # of each method
-
-
-@pytest.fixture(scope='module')
-def server(): return lives.server()
-
-
-def start(server, *args, **options):
-    process = server.Process(target=lives.command, args=args, kwargs=options)
-    process.start()
-    return process
-
-
-def finished(server, *args, **options):
-    process = start(server, *args, **options)
-    process.join(300)
-    return process.exitcode
-
-
-def checkpoints(out, method):
-    return sorted(p for p in Path(out).glob(f'*/*/{method}/*/checkpoint-*.pt'))
-
-
-def wait_for(condition, process):
-    deadline = time.time() + 120
-    while process.is_alive() and time.time() < deadline:
-        if condition(): return True
-        time.sleep(.0005)
 
 
 def number(found): return int(found[-1].name.split('-')[1]) if found else 0
@@ -49,16 +22,16 @@ def number(found): return int(found[-1].name.split('-')[1]) if found else 0
 
 def kill(process, out, method, chance):
     "SIGKILL some steps from now or in the middle of a write; True if a half-written file is left."
-    parts = lambda: list(Path(out).glob(f'*/*/{method}/*/.*.part'))
-    before, stale = number(checkpoints(out, method)), parts()
-    if chance.random() < .4: wait_for(lambda: [p for p in parts() if p not in stale], process)
+    before, stale = number(checkpoints(out, method)), kept(out, '.*.part', method)
+    half = lambda: set(kept(out, '.*.part', method)) - set(stale)
+    if chance.random() < .4: wait_for(half, process, every=.0005)
     else:
         steps = chance.randrange(4)
         wait_for(lambda: number(checkpoints(out, method)) >= before + steps, process)
         time.sleep(chance.uniform(0, .1 if steps else 1.))
     process.kill()
     process.join()
-    return bool([p for p in parts() if p not in stale])
+    return bool(half())
 
 
 @pytest.fixture(scope='module')
@@ -66,9 +39,9 @@ def whole(server, tmp_path_factory):
     "What a run ends with that nobody disturbs, by method."
     out, found = tmp_path_factory.mktemp('whole'), {}
     def of(method):
-        if method not in found:
-            assert finished(server, lives.arguments(method, out)) == 0
-            found[method] = lives.result(lives.folder_of(method, out))
+        if method not in found:  # each in its folder, for a teacher's method is ce as well
+            assert finished(server, arguments(method, out/method)) == 0
+            found[method] = result(out/method, method)
         return found[method]
     return of
 
@@ -78,7 +51,7 @@ def test_a_killed_run_ends_as_if_it_had_never_died(method, server, whole, tmp_pa
     chance, kills, halves, rounds = random.Random(method), 0, 0, 0
     while kills < KILLS or not rounds:
         out = tmp_path/str(rounds)
-        args = lives.arguments(method, out, '--checkpoint-every', '1')
+        args = arguments(method, out, '--checkpoint-every', '1')
         while kills < KILLS:
             process = start(server, args)
             halves += kill(process, out, method, chance)
@@ -86,7 +59,7 @@ def test_a_killed_run_ends_as_if_it_had_never_died(method, server, whole, tmp_pa
             assert process.exitcode == -signal.SIGKILL
             kills += 1
         assert finished(server, args) == 0
-        assert lives.result(lives.folder_of(method, out)) == whole(method)
+        assert result(out, method) == whole(method)
         assert not list(out.rglob('*.part'))
         rounds += 1
     with capsys.disabled():
@@ -95,7 +68,7 @@ def test_a_killed_run_ends_as_if_it_had_never_died(method, server, whole, tmp_pa
 
 @pytest.mark.parametrize('method, signum', [('letkd2', signal.SIGTERM), ('ce', signal.SIGINT)])
 def test_a_signal_leaves_a_checkpoint_and_a_code(method, signum, server, whole, tmp_path):
-    args, said = lives.arguments(method, tmp_path), tmp_path/'said'
+    args, said = arguments(method, tmp_path), tmp_path/'said'
     process = start(server, args, said)
     assert wait_for(lambda: checkpoints(tmp_path, method), process)  # of the first epoch
     before = checkpoints(tmp_path, method)
@@ -105,15 +78,15 @@ def test_a_signal_leaves_a_checkpoint_and_a_code(method, signum, server, whole, 
     after = checkpoints(tmp_path, method)
     line, = filter(None, said.read_text().splitlines())
     assert number(after) > number(before) and len(after) <= 2
-    assert f'stopped by {signum.name} in epoch' in line and line.endswith('the same command goes '
-                                                                          f'on from {after[-1]}')
+    assert f'stopped by {signum.name} in epoch' in line
+    assert line.endswith(f'the same command goes on from {after[-1]}')
     assert finished(server, args) == 0
-    assert lives.result(lives.folder_of(method, tmp_path)) == whole(method)
+    assert result(tmp_path, method) == whole(method)
 
 
 def test_a_signal_before_the_first_step_has_its_code(server, tmp_path):
-    process = start(server, lives.arguments('letkd2', tmp_path), tmp_path/'said')
-    wait_for((tmp_path/'said').exists, process)
+    process = start(server, arguments('letkd2', tmp_path), tmp_path/'said')
+    assert wait_for((tmp_path/'said').exists, process)
     time.sleep(.1)
     process.terminate()
     process.join(60)
@@ -121,7 +94,7 @@ def test_a_signal_before_the_first_step_has_its_code(server, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(server, whole, tmp_path):
-    args, said = lives.arguments('ce', tmp_path, '--checkpoint-every', '2'), tmp_path/'said'
+    args, said = arguments('ce', tmp_path, '--checkpoint-every', '2'), tmp_path/'said'
     process = start(server, args)
     assert wait_for(lambda: number(checkpoints(tmp_path, 'ce')) > 3, process)
     process.kill()
@@ -132,7 +105,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(server, whole,
     newest.write_bytes(data)
     assert finished(server, args, said) == 0
     assert f'{newest}: damaged' in said.read_text()
-    assert lives.result(lives.folder_of('ce', tmp_path)) == whole('ce')
+    assert result(tmp_path, 'ce') == whole('ce')
 
 
 def intact(out, method):
@@ -155,8 +128,8 @@ def disk(tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_spares_its_checkpoint(disk, server, whole, tmp_path_factory):
-    args, said = lives.arguments('ce', disk, '--checkpoint-every',
-                                 '1'), tmp_path_factory.mktemp('said')/'said'
+    args = arguments('ce', disk, '--checkpoint-every', '1')
+    said = tmp_path_factory.mktemp('said')/'said'
     process = start(server, args, said)
     assert wait_for(lambda: number(checkpoints(disk, 'ce')) > 2, process)
     with pytest.raises(OSError), open(disk/'filler', 'wb', buffering=0) as filler:
@@ -166,39 +139,20 @@ def test_a_full_disk_stops_the_run_and_spares_its_checkpoint(disk, server, whole
     assert process.exitcode == 2
     newest = intact(disk, 'ce')
     line, = said.read_text().splitlines()
-    assert 'cannot be written (No space left on device)' in line and f'the last good checkpoint is {newest}' in line
+    assert 'cannot be written (No space left on device)' in line
+    assert f'the last good checkpoint is {newest}' in line
     assert not list(disk.rglob('*.part'))
     (disk/'filler').unlink()
     assert finished(server, args) == 0
-    assert lives.result(lives.folder_of('ce', disk)) == whole('ce')
+    assert result(disk, 'ce') == whole('ce')
 
 
 def test_a_file_that_grows_too_large_is_a_full_disk(server, tmp_path):
     """Where nothing can be mounted: a limit on the size of files, too small for the second
     network's checkpoints."""
-    args, said = lives.arguments('ce', tmp_path), tmp_path/'said'
+    args, said = arguments('ce', tmp_path), tmp_path/'said'
     assert finished(server, args, said, largest_file=20_000) == 2
     line, = said.read_text().splitlines()
     assert 'cannot be written (File too large); there is no checkpoint yet' in line
     assert not list(tmp_path.rglob('*.part')) and not checkpoints(tmp_path, 'ce')
     assert finished(server, args) == 0
-
-
-def test_reproduce_makes_a_record_again(server, tmp_path):
-    "And says what differs where a record claims to come from elsewhere."
-    import json
-    assert finished(server, lives.arguments('ce', tmp_path/'a', epochs=1)) == 0
-    path = next((tmp_path/'a').rglob('record.json'))
-    again = lambda out, said: (['reproduce', str(path), '--out', str(tmp_path/out), '--quiet'],
-                               tmp_path/said)
-    args, said = again('b', 'said')
-    assert finished(server, [*args, '--deterministic'], said) == 0
-    assert finished(server, *again('b', 'said')) == 2
-    assert 'found a record already' in (tmp_path/'said').read_text()
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(dict(record, student_hash='0' * 64, dirty=False)))
-    if not record['dirty']:
-        assert finished(server, *again('c', 'why')) == 2
-        assert 'not reproduced' in (tmp_path/'why').read_text()
-    path.write_text(json.dumps(dict(record, student_hash='0' * 64, threads=64)))
-    assert finished(server, *again('d', 'why')) == 0

@@ -21,8 +21,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def cells(*sides):
-    """The source of the guide's code cells that begin with one of these words; None: with neither
-    word."""
+    "The guide's code cells that one of these words marks, # theirs or # both; None: no word."
     sources = [readme.text(c['source'])
                for c in json.loads(GUIDE.read_text(encoding='utf-8'))['cells']
                if c['cell_type'] == 'code']
@@ -31,7 +30,7 @@ def cells(*sides):
 
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
+def shipped(tmp_path_factory):
     "What our side of the guide writes."
     folder, here = tmp_path_factory.mktemp('shipping'), os.getcwd()
     ours = [source for source in cells('both', None) if not re.search(r'^#\|\s*hide', source, re.M)]
@@ -41,16 +40,16 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_a_colleague_opens_every_form_without_the_library(files):
+def test_a_colleague_opens_every_form_without_the_library(shipped):
     theirs = '\n'.join(cells('both', 'theirs'))
     for name in ('.pt2', '.onnx', '.ts', '.safetensors'): assert f"'student{name}'" in theirs
-    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\n{theirs}\nassert "letkd" not in '
-                           'sys.modules'], cwd=files, capture_output=True, text=True)
+    code = f'{BLOCK}\n{theirs}\nassert "letkd" not in sys.modules'
+    done = subprocess.run([sys.executable, '-c', code], cwd=shipped, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "['cat', 'dog', 'owl']" in done.stdout and 'stage.kd_layer' in done.stdout
 
 
-def test_the_library_is_blocked_there(files):
-    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\nimport letkd'], cwd=files,
+def test_the_library_is_blocked_there(shipped):
+    done = subprocess.run([sys.executable, '-c', f'{BLOCK}\nimport letkd'], cwd=shipped,
                           capture_output=True, text=True)
     assert done.returncode and 'letkd is blocked' in done.stderr
