@@ -319,7 +319,7 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
                  quiet: bool = False,          # no progress
                  checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
                  log: Optional[str] = None, # 'tensorboard': curves in a browser
-                 jobs: int = 1,                # runs at the same time
+                 jobs: int = 2,                # runs at the same time
                 ):
     "Train a teacher and its students on DigitPairs, print what each gained, draw the figures."
     from letkd.runs.running import run
@@ -410,10 +410,10 @@ def _recipe(parser):
                         help="letkd: letKD's for every row; original: that of the paper "
                              'a row comes from (default: letkd)')
 
-def _jobs(parser):
-    parser.add_argument('--jobs', type=int, default=1, metavar='N',
+def _jobs(parser, default: int = 1):
+    parser.add_argument('--jobs', type=int, default=default, metavar='N',
                         help='so many runs at the same time, each with its share of the cores '
-                             '(default: 1)')
+                             '(default: %(default)s)')
 
 def _set(parser):
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', dest='settings',
@@ -449,10 +449,9 @@ def _demo_arguments(commands):
                     'draw figures. Stopped by Ctrl-C, it goes on when called again.')
     demo.add_argument('--seeds', type=int, default=1, help='runs of each method (default: 1)')
     demo.add_argument('--long', action='store_true',
-                      help='a longer schedule, the setting in which the comparison is fair; '
-                           'about half an hour')
+                      help='30 epochs for teacher and students instead of 8 and 5')
     _common(demo, 'demo')
-    _jobs(demo)
+    _jobs(demo, 2)
     demo.set_defaults(call=demo_command)
 
 def _run_arguments(commands):
