@@ -114,7 +114,8 @@ def _heat_map(fig, ax, m: Tensor, classes):
     for t in ticks[1:]:
         for line in (ax.axhline, ax.axvline): line(t - .5, color='.5', lw=.4)
     names = [classes[t] for t in ticks]
-    ax.set_xticks(ticks, names), ax.set_yticks(ticks, names)
+    ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    ax.set_yticks(ticks, names)
     ax.set(xlabel="nearest sub-class's class", ylabel='own class')
     fig.colorbar(shown, ax=ax, location='bottom', shrink=.8, aspect=40, pad=.02,
                  label='share of the class (log scale)')
@@ -140,6 +141,8 @@ def show_transitions(transition: Tensor, # M, K x K
                      cells: Tensor,      # K x count, see `nearest_cells`
                      grid: tuple,        # (h, w)
                      shown: int = 4,     # sub-classes of each kind
+                     # of the classes in the heat map, such as kin beside kin; None: theirs
+                     order: Optional[list] = None,
                     ) -> Figure:        # a heat map and patches
     """The transition matrix between classes, and patches of its most discriminative and most
     shared sub-classes."""
@@ -148,7 +151,9 @@ def show_transitions(transition: Tensor, # M, K x K
     fig = Figure((6.2 + .68 * cells.shape[1], 5.6), layout='constrained')
     fig.suptitle(_in_words(transition, classes), fontsize='medium')
     left, right = fig.subfigures(1, 2, width_ratios=(4.8, 1.4 + .68 * cells.shape[1]))
-    _heat_map(left, left.subplots(), between_classes(transition, len(classes)), classes)
+    order = list(range(len(classes))) if order is None else order
+    mass = between_classes(transition, len(classes))[order][:, order]
+    _heat_map(left, left.subplots(), mass, [classes[y] for y in order])
     kinds = {'discriminative': ranked[:shown], 'shared': ranked[::-1][:shown]}
     for part, (kind, chosen) in zip(right.subfigures(2, 1), kinds.items()):
         part.suptitle(f'most {kind} sub-classes', fontsize='medium')
