@@ -680,6 +680,7 @@ def nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr('letkd.runs.running.run', run)
     monkeypatch.setattr('letkd.results.probes.probe_run', run)
     monkeypatch.setattr('letkd.cli.demo_figures', lambda *_: [])
+    monkeypatch.setattr('letkd.cli._side_by_side', lambda *_: {})  # --jobs: none failed
     for name in ('_costs', 'bench_command'):
         monkeypatch.setattr(f'letkd.cli.{name}', lambda *_, **__: None)
     (tmp_path/'record.json').write_text(json.dumps(record()))
