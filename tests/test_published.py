@@ -146,8 +146,7 @@ def test_records_are_read_and_named_as_they_were():
     assert paths
     for path in paths:
         e = experiment_of(read_record(path))
-        if 'lr0.1' not in path.stem:  # those are of an older recipe
-            assert e.folder.replace('/', '--') == path.stem
+        assert e.folder.replace('/', '--') == path.stem
         assert e.amp == (e.dataset == 'digit_pairs'), path.stem
         assert e.nesterov and e.drop_last and e.padding == 'reflect'
 
