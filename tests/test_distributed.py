@@ -1,6 +1,5 @@
 """Several processes, with gloo on this machine: the same run as one, in parts."""
 import copy
-import json
 import os
 import signal
 import subprocess
