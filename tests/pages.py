@@ -257,7 +257,7 @@ def refuses(body):
 def summary(cell, before):
     "The words under which a cell is folded, and whether it begins so; None: it is not folded."
     body = parsed(cell)
-    if re.search(r'^#\|\s*(code-fold|echo)\s*:', cell.source, re.M): return None
+    if re.search(r'^#\|\s*(code-summary|echo)\s*:', cell.source, re.M): return None
     if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
         return 'Imports', True
     if 'exports' in cell.directives_:
@@ -270,15 +270,15 @@ def summary(cell, before):
 
 class fold(Processor):
     """Fold imports, tests of errors, and helpers that no prose introduces. What else is exported
-    is open, and a reader can fold it."""
+    is open, unless its cell says otherwise, and a reader can fold it."""
     def begin(self):
         shown = [c for c in self.nb.cells if c.cell_type == 'markdown'
                  or is_code(c) and 'hide' not in c.directives_]
         for before, cell in zip([None, *shown], shown):
             if cell.cell_type != 'code' or not (found := summary(cell, before)): continue
-            state = 'true' if found[1] else 'show'
-            cell.source = (f'#| code-fold: {state}\n#| code-summary: "{found[0]}"\n'
-                           + cell.source)
+            state = '' if re.search(r'^#\|\s*code-fold\s*:', cell.source, re.M) else (
+                f"#| code-fold: {'true' if found[1] else 'show'}\n")
+            cell.source = f'{state}#| code-summary: "{found[0]}"\n{cell.source}'
 
 
 # Links from names

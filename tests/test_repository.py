@@ -42,7 +42,6 @@ LONG_CELLS = {'runs/experiments.ipynb#082f76e7': 'one setting a line, with its c
               'runs/shipping.ipynb#64e02333': 'one function'}
 VISIBLE = 60  # lines of code that a chapter of the story shows without a click
 WIDE, NARROW = 100, 88  # columns of code on the site; of pages that are read along
-WIDE_TABLES = {'02_solver.ipynb#8100fbf5', '02_solver.ipynb#19c2beb7'}  # nine statistics of a row
 # one line each: nbdev drops what is continued on a second
 CAPTION = re.compile(r'#\| label: (fig-[\w-]+)\n#\| fig-cap: .+\n#\| fig-alt: .+\n')
 
@@ -283,6 +282,18 @@ def test_lines_of_code_fit_their_column(name):
     assert not long, f'lines of more than {width} characters: {long}'
 
 
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_code_in_prose_names_its_language_and_fits_the_column(name):
+    for c, source in cells(name, 'markdown'):
+        fenced = re.findall(r'^ *```(.*)\n([\s\S]*?)^ *```$', source, re.M)
+        assert all(language for language, _ in fenced), f"{name}#{c['id']}: ``` needs a language"
+        long = [line for _, code in fenced for line in code.splitlines() if len(line) > WIDE]
+        assert not long, f"{name}#{c['id']}: {long}"
+        prose = re.sub(r'^ *```[\s\S]*?^ *```$', '', source, flags=re.M)
+        indented = re.search(r'^(?![-*\d ]).*\n\n {4}.*', prose, re.M)
+        assert not indented, f"{name}#{c['id']}: ``` and a language, for {indented[0]!r}"
+
+
 @pytest.mark.parametrize('name', TESTS)
 def test_lines_of_tests_fit_the_same_column(name):
     lines = (ROOT/'tests'/name).read_text(encoding='utf-8').splitlines()
@@ -300,6 +311,7 @@ def test_figures_can_be_cited_and_read_aloud(name):
     for found in figures.values():
         options = yaml.safe_load(re.sub(r'^#\| ', '', found[0], flags=re.M))
         assert all(isinstance(v, str) for v in options.values()), f'{name}: {options}'
+        assert '%' not in options['fig-alt'], f'{name}: Quarto reads % as a part of an address'
     labels = [found[1] for found in figures.values()]
     assert len(labels) == len(set(labels)), f'{name}: {labels}'
 
@@ -314,13 +326,11 @@ def test_text_tables_are_no_wider_than_the_page(name):
              for line in readme.text(o.get('text') or o['data'].get('text/plain', '')).splitlines()]
     wide = {f'{name}#{i}' for i, line in lines
             if len(line) > WIDE and len(re.findall(r'\S {2,}(?=\S)', line)) > 2}
-    assert not wide - WIDE_TABLES, f'tables wider than {WIDE} columns: {wide - WIDE_TABLES}'
-    stale = {k for k in WIDE_TABLES - wide if k.split('#')[0] == name}
-    assert not stale, f'WIDE_TABLES lists cells that have no wide table: {stale}'
+    assert not wide, f'tables wider than {WIDE} columns: {wide}'
 
 
 def test_exceptions_are_of_notebooks_that_are_there():
-    assert {k.split('#')[0] for k in {*LONG_CELLS, *WIDE_TABLES}} <= {*NOTEBOOKS}
+    assert {k.split('#')[0] for k in LONG_CELLS} <= {*NOTEBOOKS}
 
 
 def test_readme_says_what_index_says():

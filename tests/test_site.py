@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -180,6 +181,7 @@ def test_imports_and_refusals_are_folded(site, name):
         imports = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
         refusals = all(ast.unparse(n).startswith('test_fail(') for n in body)
         if body and (imports or refusals): assert '#| code-fold: true\n' in source, source
+        if body and imports: assert re.search('#\\| code-summary: .', source), source
 
 
 def test_what_is_folded():
@@ -195,7 +197,14 @@ def test_what_is_folded():
     assert fold(private, 'markdown', exports=[]) == ('Source', False), 'prose introduces it'
     assert fold(private, 'code', exports=[]) == ('Helper: _f', True)
     assert fold(public, 'code', exports=[]) == ('Source', False)
-    assert fold('#| code-fold: false\nimport os') is None, 'the notebook has said so'
+    assert fold('#| code-summary: "Mine"\nimport os') is None, 'the notebook has said so'
+
+
+def test_a_fold_of_the_notebook_stays_as_it_is():
+    cell = pages.mk_cell('#| code-fold: false\nimport os')
+    cell.directives_ = {}
+    pages.fold(SimpleNamespace(cells=[cell])).begin()
+    assert cell.source == '#| code-summary: "Imports"\n#| code-fold: false\nimport os'
 
 
 # Links
