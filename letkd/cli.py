@@ -371,13 +371,12 @@ def _templates(distiller, known, unseen, on_device) -> tuple: # (figure, what it
     path = f'{term.student_tap}.kd_layer'
     assigned = [analysis.assignments(distiller.student, path, on_device(images))
                 for images in (known, unseen)]
-    truth = [analysis.true_parts(images, assigned[0].shape[1:]) for images in (known, unseen)]
-    meaning = analysis.meanings(assigned[0], truth[0], term.supervision.num_templates)
-    digit = truth[1] < 10
-    pure, chance = (f(assigned[1][digit], truth[1][digit])
-                    for f in (analysis.purity, analysis.shuffled_purity))
+    truth = analysis.true_parts(known, assigned[0].shape[1:])
+    meaning = analysis.meanings(assigned[0], truth, term.supervision.num_templates)
+    found = analysis.agreement(unseen, assigned[1])
     return (analysis.show_assignments(unseen, assigned[1], meaning),
-            f'templates and parts: purity {pure:.2f} on digit cells, {chance:.2f} shuffled')
+            f"templates and parts: purity {found['purity']:.2f} on digit cells, "
+            f"{found['by chance']:.2f} shuffled")
 
 def _subclasses(distiller, known, on_device) -> tuple: # (figure, what it shows)
     from letkd.results import pictures
