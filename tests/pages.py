@@ -64,9 +64,17 @@ def has_fields(node):
     return isinstance(node, ast.ClassDef) and bool(marks & {'dataclass', 'NamedTuple'})
 
 
+def default(value):
+    "What a field is when nothing is given for it."
+    if written(getattr(value, 'func', None)) != 'field': return written(value)
+    given = {k.arg: written(k.value) for k in value.keywords}
+    if 'default_factory' not in given: return given.get('default', '')
+    return {'dict': '{}', 'list': '[]'}.get(given['default_factory'], f"{given['default_factory']}()")
+
+
 def fields(cls):
     "The same of the public fields of a class."
-    return [(n.target.id, written(n.annotation), written(n.value), n.lineno, n.end_lineno)
+    return [(n.target.id, written(n.annotation), default(n.value), n.lineno, n.end_lineno)
             for n in cls.body if isinstance(n, ast.AnnAssign) and n.target.id[0] != '_']
 
 

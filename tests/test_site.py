@@ -99,10 +99,14 @@ class Batch:
     # B, or
     # B x Y
     labels: Optional[Tensor] = None
+    maps: dict = field(default_factory=dict, hash=False) # by tap
+    seed: int = field(default=3, repr=False)
     _cache: dict = None
 """
     found = pages.documentation(ast.parse(fields).body[0], fields)
-    assert '```python\nBatch(images: Tensor, labels: Optional[Tensor] = None)\n```' in found
+    assert ('```python\nBatch(images: Tensor, labels: Optional[Tensor] = None, maps: dict = {}, '
+            'seed: int = 3)\n```') in found
+    assert '| `maps` | `dict` | `{}` | by tap |' in found
     assert '| `images` | `Tensor` |  | B x 3 x H x W |\n' in found
     assert '| `labels` | `Optional[Tensor]` | `None` | B, or B x Y |' in found
     assert '_cache' not in found
