@@ -69,7 +69,8 @@ def default(value):
     if written(getattr(value, 'func', None)) != 'field': return written(value)
     given = {k.arg: written(k.value) for k in value.keywords}
     if 'default_factory' not in given: return given.get('default', '')
-    return {'dict': '{}', 'list': '[]'}.get(given['default_factory'], f"{given['default_factory']}()")
+    make = given['default_factory']
+    return {'dict': '{}', 'list': '[]'}.get(make, f'{make}()')
 
 
 def fields(cls):
@@ -262,8 +263,17 @@ def refuses(body):
                                and getattr(n.value.func, 'id', '') == 'test_fail' for n in tests)
 
 
-def summary(cell, before):
-    "The words under which a cell is folded, and whether it begins so; None: it is not folded."
+def shows(cell):
+    "What the output of a cell is, in a word."
+    kinds = {kind.partition('/')[0] if kind.startswith('image') else kind
+             for output in cell.get('outputs', ()) for kind in output.get('data', ())}
+    if 'image' in kinds: return 'figure'
+    return 'table' if kinds & {'text/html', 'text/markdown'} else None
+
+
+def summary(cell, before, results=False):
+    """The words under which a cell is folded, and whether it begins so; None: it is not folded.
+    On a page of results all code is."""
     body = parsed(cell)
     if re.search(r'^#\|\s*(code-summary|echo)\s*:', cell.source, re.M): return None
     if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
@@ -274,16 +284,18 @@ def summary(cell, before):
         if not helper: return 'Source', False
         return 'Helper: ' + ', '.join(n.name for n in names), True
     if refuses(body) and not cell.get('outputs'): return 'What is refused', True
+    if results: return (f"The {shows(cell)}'s code" if shows(cell) else 'Code'), True
 
 
 class fold(Processor):
-    """Fold imports, tests of errors, and helpers that no prose introduces. What else is exported
-    is open, unless its cell says otherwise, and a reader can fold it."""
+    """Fold imports, tests of errors, helpers that no prose introduces, and all code of results.
+    What else is exported is open, unless its cell says otherwise, and a reader can fold it."""
     def begin(self):
+        results = Path(self.nb.path_).parent.name == 'experiments'
         shown = [c for c in self.nb.cells if c.cell_type == 'markdown'
                  or is_code(c) and 'hide' not in c.directives_]
         for before, cell in zip([None, *shown], shown):
-            if cell.cell_type != 'code' or not (found := summary(cell, before)): continue
+            if cell.cell_type != 'code' or not (found := summary(cell, before, results)): continue
             state = '' if re.search(r'^#\|\s*code-fold\s*:', cell.source, re.M) else (
                 f"#| code-fold: {'true' if found[1] else 'show'}\n")
             cell.source = f'{state}#| code-summary: "{found[0]}"\n{cell.source}'

@@ -204,10 +204,20 @@ def test_what_is_folded():
     assert fold('#| code-summary: "Mine"\nimport os') is None, 'the notebook has said so'
 
 
+@pytest.mark.parametrize('kind, words', [
+    ('image/png', "The figure's code"), ('text/html', "The table's code"),
+    ('text/plain', 'Code'), (None, 'Code')])
+def test_code_of_results_is_folded(kind, words):
+    cell = pages.mk_cell('plot(records)')
+    cell.directives_, cell.outputs = {}, [dict(data={kind: ''})] if kind else []
+    assert pages.summary(cell, None) is None
+    assert pages.summary(cell, None, results=True) == (words, True)
+
+
 def test_a_fold_of_the_notebook_stays_as_it_is():
     cell = pages.mk_cell('#| code-fold: false\nimport os')
     cell.directives_ = {}
-    pages.fold(SimpleNamespace(cells=[cell])).begin()
+    pages.fold(SimpleNamespace(cells=[cell], path_='nbs/solver.ipynb')).begin()
     assert cell.source == '#| code-summary: "Imports"\n#| code-fold: false\nimport os'
 
 
