@@ -68,13 +68,13 @@ def _recipe_words(dataset: str, pair: str, method: str, recipe: str
     return unusual(Experiment.named(f'{dataset}/{pair}/{own}', recipe))[0]
 
 # %% ../../nbs/results/published.ipynb #c83c2e0b
-def _cells(row: pd.Series, original: bool
-          ) -> dict: # {heading: cell}; `original`: with the columns of that recipe
+def _cells(row: pd.Series, ours: list # of (name, prefix of the columns) of the runs to show
+          ) -> dict:                  # {heading: cell}
     number = lambda value, form='.2f': '' if pd.isna(value) else format(value, form)
     spread = lambda mean, sd: number(mean) + ('' if pd.isna(sd) else f' ± {sd:.2f}')
     cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd),
              '\nepoch': '' if pd.isna(row.value) else row.epoch or '?'}
-    for name, prefix in (('ours', ''), *[('original', 'original_')] * original):
+    for name, prefix in ours:
         n, last, sd, best, difference = (row[prefix + k] for k in (*_NUMBERS, 'difference'))
         cells |= {f'{name}\nlast epoch': spread(last, sd) + ('' if pd.isna(n) else f' ({n:.0f})'),
                   f'{name}\nbest epoch': number(best),
@@ -90,11 +90,14 @@ NOTE = ('Epoch: of the published figure; best on the test set, or ? where the so
 def format_beside(frame: pd.DataFrame, # of `beside`
                   style: str = 'text', # or 'markdown'
                  ) -> str:             # several lines
-    "Published figures and ours as the command line prints them."
-    blocks, original = [], 'original_last' in frame and bool(frame.original_last.notna().any())
+    """Published figures and ours as the command line prints them. Of a pair that nobody has run,
+    the published ones."""
+    blocks = []
     tops = frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})
     for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', tops], sort=False):
-        cells = pd.DataFrame([_cells(row, original) for _, row in rows.iterrows()])
+        ours = [(name, prefix) for name, prefix in (('ours', ''), ('original', 'original_'))
+                if f'{prefix}last' in rows and rows[f'{prefix}last'].notna().any()]
+        cells = pd.DataFrame([_cells(row, ours) for _, row in rows.iterrows()])
         sources = '; '.join(filter(None, rows.source.unique())) or 'nothing'
         title = f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: {sources}"
         notes = ''.join(f'\n\n{row.method}, {row.value:.2f}: {row.note}.'
