@@ -478,14 +478,14 @@ def evaluating(model): # any network
 
 # %% ../nbs/taps.ipynb #0341ebb2
 def _enlarged(model, tap, images) -> tuple:
-    """(shape of the map of an image of twice the size, that size); (None, None) if the
-    network refuses such an image."""
-    image = images[:1].repeat(1, 1, *[2] * (images.ndim - 2))
+    """(shape of the map of an image of twice the size, that size, None), or (None, None, why)
+    if the network refuses such an image."""
+    image, why = images[:1].repeat(1, 1, *[2] * (images.ndim - 2)), None
     try:
         with evaluating(model), capture(model, f'{tap}@raw') as maps: model(image)
-    except Exception: pass  # what follows the tap may require the usual size
+    except Exception as e: why = e  # what follows the tap may require the usual size
     x = maps.get(f'{tap}@raw')
-    return (None, None) if x is None else (x.shape, _image_size(image))
+    return (None, None, why) if x is None else (x.shape, _image_size(image), None)
 
 def _grows(layout: Layout, small, large) -> bool:
     "Whether, in this layout, the larger image has more places and the same channels."
@@ -515,7 +515,7 @@ def find_layout(
     if readings == [Layout()]: return readings[0]
     told = [r for r in readings if declared and r.prefix == declared]
     if len(told) == 1: return told[0]
-    shape, larger = _enlarged(model, tap, images)
+    shape, larger, why = _enlarged(model, tap, images)
     if shape is None: left = [r for r in readings if r.last and _normalises(model, x.shape)]
     elif x.ndim == 4: left = [r for r in (Layout(), Layout(True)) if _grows(r, x.shape, shape)]
     else:
@@ -523,7 +523,7 @@ def find_layout(
         left = [r for r in readings
                 if _grows(r, x.shape, shape) and _proportional(places(r), larger)]
     if len(left) == 1 and len(x) == len(images): return left[0]
-    raise ValueError(_unclear(tap, x, len(images), size, readings))
+    raise ValueError(_unclear(tap, x, len(images), size, readings)) from why
 
 # %% ../nbs/taps.ipynb #0686df16
 def _unclear(tap, x, count, size, readings) -> str:
