@@ -24,7 +24,7 @@ from ..runs.recipes import DATASETS
 from ..runs.experiments import Experiment
 from ..runs.running import load_run, run
 from ..runs.records import read_record
-from ..layer import KDLayer, folded
+from ..layer import FoldedKDLayer, KDLayer, folded
 from ..methods import create_terms
 from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
@@ -103,6 +103,7 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
 def _adds(module: nn.Module, x: Tensor, out: Tensor) -> int: # of one call, on a batch
     if isinstance(module, KDLayer):
         return len(rows(x)) * module.templates.numel() * (2 if module.alpha else 1)
+    if isinstance(module, FoldedKDLayer): return 2 * len(rows(x)) * module.weight.numel()
     if isinstance(module, nn.Linear): return out.numel() * module.in_features
     return out.numel() * module.weight[0].numel()
 
@@ -110,7 +111,7 @@ def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
                   images: Tensor,   # B x 3 x H x W
                  ) -> dict:         # {module path: multiply-adds for one image}
     "Multiply-adds of a forward pass, layer by layer (equation 2)."
-    found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer)
+    found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer, FoldedKDLayer)
     def note(path):
         def hook(module, args, out):
             found[path] = found.get(path, 0) + _adds(module, args[0], out) // len(images)
