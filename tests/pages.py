@@ -265,9 +265,8 @@ def refuses(body):
 
 def shows(cell):
     "What the output of a cell is, in a word."
-    kinds = {kind.partition('/')[0] if kind.startswith('image') else kind
-             for output in cell.get('outputs', ()) for kind in output.get('data', ())}
-    if 'image' in kinds: return 'figure'
+    kinds = {kind for output in cell.get('outputs', ()) for kind in output.get('data', ())}
+    if any(kind.startswith('image/') for kind in kinds): return 'figure'
     return 'table' if kinds & {'text/html', 'text/markdown'} else None
 
 
@@ -284,7 +283,7 @@ def summary(cell, before, results=False):
         if not helper: return 'Source', False
         return 'Helper: ' + ', '.join(n.name for n in names), True
     if refuses(body) and not cell.get('outputs'): return 'What is refused', True
-    if results: return (f"The {shows(cell)}'s code" if shows(cell) else 'Code'), True
+    if results: return (f"The {what}'s code" if (what := shows(cell)) else 'Code'), True
 
 
 class fold(Processor):
