@@ -192,19 +192,23 @@ def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
     return '\n'.join(dict.fromkeys(filter(None, found or [_note(pair, {})])))
 
 # %% ../../nbs/results/tables.ipynb #c4429e3f
+def _gain(runs: dict, alone: dict) -> float: # {seed: record}, both
+    each = [r['top1_last'] - alone[seed]['top1_last'] for seed, r in runs.items() if seed in alone]
+    return sum(each) / len(each) if each else nan
+
 def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row of the frame
     about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student,
                  split=pair.eval_split, settings=unusual(pair)[0])
     table = [dict(about, method=method, options=options, note=_notes(runs, pair),
                   **_measured(list(runs.values())))
              for method, options, runs in rows]
-    alone = next((r['top1_last'] for r in table if r['method'] == 'student'), float('nan'))
+    alone = next((runs for method, _, runs in rows if method == 'student'), {})
     taught = [r['teacher_top1'] for *_, runs in rows for r in runs.values()
               if r.get('teacher_top1')]
-    for row in table:
+    for row, (*_, runs) in zip(table, rows):
         if row['method'] == 'teacher' and not row['n'] and taught:  # no run of it
             row |= dict(n=1, top1_last=taught[0], top1_values=taught[:1])
-        if row['method'] not in ('teacher', 'student'): row['gain'] = row['top1_last'] - alone
+        if row['method'] not in ('teacher', 'student'): row['gain'] = _gain(runs, alone)
     return table
 
 # %% ../../nbs/results/tables.ipynb #70616973
@@ -277,8 +281,8 @@ def block(title: str,          # the line above
 # %% ../../nbs/results/tables.ipynb #19e2598a
 NOTE = ('Accuracy in %: mean ± standard deviation (number of seeds).\n'
         'Best epoch: best on the split named above, which also chose it.\n'
-        'Gain: in top-1 at the last epoch, over the student alone with the same settings. '
-        'Seconds: of the training steps.')
+        'Gain: in top-1 at the last epoch, over the student alone with the same settings and '
+        'seeds. Seconds: of the training steps.')
 
 def pairs_of(frame: pd.DataFrame): # of `summary`
     "The table pair by pair: (title, rows)."
