@@ -35,7 +35,8 @@ def blocks(notebook):
         source = text(cell['source'])
         if cell['cell_type'] == 'markdown': yield re.sub(r'\s*\{#[\w-]+\}', '', source)
         elif cell['cell_type'] == 'code' and not is_hidden(cell):
-            yield '```python\n' + re.sub(r'^#\|.*\n', '', source, flags=re.M).strip() + '\n```'
+            if not re.search(r'^#\| echo: false$', source, re.M):
+                yield '```python\n' + re.sub(r'^#\|.*\n', '', source, flags=re.M).strip() + '\n```'
             yield from outputs(cell)
 
 

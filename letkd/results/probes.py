@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COSTS', 'TRAINING', 'pooled', 'lda_probe', 'intermediate_probe', 'probe_run', 'multiply_adds',
-           'side_by_side', 'layer_costs', 'format_costs', 'random_fit', 'step_seconds', 'letkd2_sizes']
+           'side_by_side', 'layer_costs', 'format_costs', 'random_fit', 'step_seconds', 'letkd2_sizes', 'shipped_size']
 
 # %% ../../nbs/results/probes.ipynb #3163b27c
 import copy, json, time
@@ -243,6 +243,21 @@ def random_fit(classes: int # Y
     return fit
 
 # %% ../../nbs/results/probes.ipynb #6779ab4f
+def _begun(e: Experiment, batch: tuple # of images, labels, numbers
+          ) -> Distiller:              # as its training starts, but for `random_fit`
+    classes, _ = SHAPES[e.dataset]
+    student, teacher = (channels_last(create_model(n, classes).to(batch[0].device)) if n else None
+                        for n in (e.student, e.teacher))
+    terms = create_terms(e.method, student, teacher, [batch], e.penultimate, e.intermediate,
+                         random_fit(classes), **e.options)
+    return Distiller(student, teacher, terms).to(batch[0].device)
+
+def _noise(e: Experiment, size: int, device=None) -> tuple: # of images, labels, numbers
+    classes, pixels = SHAPES[e.dataset]
+    numbers = torch.arange(size, device=device)
+    return torch.randn(size, 3, pixels, pixels, device=device), numbers % classes, numbers
+
+# %% ../../nbs/results/probes.ipynb #8d2f6a16
 def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet56-resnet20/letkd2'
                  batch: Optional[int] = None, # images in a step; None: the recipe's
                  steps: int = 3,    # that are counted, after one that warms up
@@ -251,15 +266,9 @@ def step_seconds(name: str,         # of an experiment, such as 'cifar100/resnet
     """The time of a training step on random images, and of all the recipe's epochs; on a CPU,
     in seconds of one core."""
     e, device = Experiment.named(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    classes, pixels = SHAPES[e.dataset]
     size = batch or e.batch_size
-    data = (torch.randn(size, 3, pixels, pixels, device=device),
-            torch.arange(size, device=device) % classes, torch.arange(size, device=device))
-    student, teacher = (channels_last(create_model(n, classes).to(device)) if n else None
-                        for n in (e.student, e.teacher))
-    terms = create_terms(e.method, student, teacher, [data], e.penultimate, e.intermediate,
-                         random_fit(classes), **e.options)
-    distiller = Distiller(student, teacher, terms).to(device).train()
+    data = _noise(e, size, device)
+    distiller = _begun(e, data).train()
     fold_teacher(distiller)  # as experiments do
     optimiser = torch.optim.SGD(distiller.parameters(), 1e-4, momentum=.9, nesterov=True)
     def step():
@@ -285,3 +294,14 @@ def letkd2_sizes(student: str,          # a name that `create_model` knows
     modules = create_model(student, classes), KDLayer(channels, templates), KDLayer(channels, k)
     weights = sum(p.numel() for m in modules for p in m.parameters())
     return 4e-6 * weights, 4e-6 * (2 * weights + templates * teacher_channels + k * (k + dims))
+
+# %% ../../nbs/results/probes.ipynb #8d2f6a14
+def shipped_size(e: Experiment # of any method
+                ) -> tuple:    # (parameters, multiply-adds for one image)
+    "What the student of an experiment holds and computes as it is shipped."
+    with torch.random.fork_rng():
+        batch = _noise(e, 8)
+        ready = folded(_begun(e, batch).student)
+    layers = [m for m in ready.modules() if isinstance(m, FoldedKDLayer)]
+    held = [*ready.parameters(), *(b for layer in layers for b in layer.buffers())]
+    return sum(t.numel() for t in held), sum(multiply_adds(ready, batch[0][:1]).values())
