@@ -158,6 +158,12 @@ def kd_layers(model: nn.Module # any network
     "The KD layers of a network."
     return {path: m for path, m in model.named_modules() if isinstance(m, KDLayer)}
 
+def _kd_layer(model: nn.Module, path: str) -> KDLayer:
+    layers = kd_layers(model)
+    if path not in layers:
+        raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
+    return layers[path]
+
 def _totals(layer: KDLayer, x: Tensor, target) -> dict: # sums over the pixels of a map
     s, p_t = rows(layer.scores(x)), target.tile(0, target.shape[0])
     log_s = F.log_softmax(s, 1)
@@ -198,14 +204,11 @@ def assignments(model: nn.Module, # a network with KD layers
                 batches: Iterable, # of (images, ...)
                ) -> Tensor:       # N x h x w, integers: the template with the highest score
     "The best matching template of every cell, in eval mode."
-    layers = kd_layers(model)
-    if path not in layers:
-        raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
-    found = []
+    layer, found = _kd_layer(model, path), []
     for images, *_ in batches:
         with evaluating(model), capture(model, f'{path}:input') as maps: model(images)
         x = maps[f'{path}:input']
-        found.append(rows(layers[path].scores(x)).argmax(1).view(len(images), *grid_of(x)).cpu())
+        found.append(rows(layer.scores(x)).argmax(1).view(len(images), *grid_of(x)).cpu())
     return torch.cat(found)
 
 def nearest_prototypes(supervision, # fitted

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['between_classes', 'share_a_digit', 'shared_mass', 'subclass_cells', 'nearest_cells', 'patch_at', 'show_transitions',
-           'show_annotations']
+           'show_annotations', 'best_cells', 'show_patches']
 
 # %% ../../nbs/results/pictures.ipynb #c93bef47
 from typing import Iterable, Optional
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from torch import Tensor
+from torch import Tensor, nn
 
-from .analysis import _frame, _show, _strip
+from .analysis import _frame, _kd_layer, _show, _strip
 from ..data.batches import Images
 from .tables import new_figure
+from ..taps import capture, evaluating, rows
 
 # %% ../../nbs/results/pictures.ipynb #8feec2d9
 def between_classes(transition: Tensor, # M, (Y S) x (Y S), class after class
@@ -220,4 +221,36 @@ def show_annotations(supervision,     # fitted `SubClasses`
         picture.set_title(images.classes[label], fontsize=9)
         for ax, (letter, cell) in zip(bars, marked.items()):
             _mass(ax, transition[cells[cell]], label, images.classes, k, letter)
+    return fig
+
+# %% ../../nbs/results/pictures.ipynb #b7c04e11
+@torch.no_grad()
+def best_cells(model: nn.Module,  # a network with KD layers
+               path: str,         # of a KD layer, see `letkd.results.analysis.kd_layers`
+               batches: Iterable, # of (images, ...), in the order of the images
+               count: int = 4,    # cells for each template
+              ) -> Tensor: # K x count places among the cells of all images, the best first
+    "The cells that score highest with each template, one of an image at most; in eval mode."
+    layer, best, place, seen = _kd_layer(model, path), [], [], 0
+    for images, *_ in batches:
+        with evaluating(model), capture(model, f'{path}:input') as maps: model(images)
+        s = rows(layer.scores(maps[f'{path}:input']))
+        s = s.view(len(images), -1, s.shape[1])
+        top, cell = s.max(1)
+        numbers = seen + torch.arange(len(images), device=cell.device)
+        best.append(top)
+        place.append(numbers[:, None] * s.shape[1] + cell)
+        seen += len(images)
+    chosen = torch.cat(best).topk(min(count, seen), 0).indices
+    return torch.cat(place).gather(0, chosen).T.cpu()
+
+def show_patches(images: Images, # N images
+                 strips: dict,   # {label: places among the cells of all images}
+                 grid: tuple,    # (h, w)
+                ) -> Figure:     # a strip of patches for each
+    "The regions around cells, each cell in a frame."
+    count = max(len(cells) for cells in strips.values())
+    fig, axes = new_figure(2 + .8 * count, .85 * len(strips), len(strips), style='white')
+    for ax, (label, cells) in zip(axes[:, 0], strips.items()):
+        _patches(ax, images, cells, grid, label)
     return fig
