@@ -10,6 +10,7 @@ __all__ = ['ORDER', 'STYLES', 'NOTE', 'Stranger', 'shown', 'read_records', 'row_
 from dataclasses import asdict, fields
 from math import nan
 from pathlib import Path
+from textwrap import wrap
 
 import pandas as pd
 import seaborn as sns
@@ -327,11 +328,11 @@ def new_figure(width: float,   # inches
 def plot_table(frame: pd.DataFrame # of `summary`
               ) -> Figure:         # one panel for each pair
     "Top-1 at the last epoch of every row, with every seed."
-    pairs = [(title, rows[rows.n > 0]) for title, rows in pairs_of(frame)]
-    heights = [len(rows) + 1.5 for _, rows in pairs]
+    pairs = [(wrap(title, 60, max_lines=3), rows[rows.n > 0]) for title, rows in pairs_of(frame)]
+    heights = [len(rows) + len(title) + .5 for title, rows in pairs]
     fig, axes = new_figure(6.5, .6 + .27 * sum(heights), len(pairs), sharex=True,
                            height_ratios=heights)
-    for ax, (title, rows) in zip(axes[:, 0], pairs): _dots(ax, title, rows)
+    for ax, (title, rows) in zip(axes[:, 0], pairs): _dots(ax, '\n'.join(title), rows)
     axes[-1, 0].set_xlabel('top-1 at the last epoch (%)')
     return fig
 
@@ -346,8 +347,6 @@ def _dots(ax, title: str, rows: pd.DataFrame):
     sns.pointplot(long, x='top1_values', y='label', color='C0', errorbar='sd', linestyle='none',
                   markersize=5, err_kws=dict(linewidth=2), ax=ax)
     ax.set(xlabel='', ylabel='')
-    ax.set_yticks(ax.get_yticks(), [_short(text.get_text(), 40) for text in ax.get_yticklabels()])
-    ax.set_title(_short(title, 90), loc='left', fontsize='medium')
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f'{text[:length - 1]}…'
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    ax.set_yticks(ax.get_yticks(), [name if len(name) <= 40 else f'{name[:39]}…' for name in names])
+    ax.set_title(title, loc='left', fontsize='medium')
