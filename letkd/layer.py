@@ -117,7 +117,7 @@ def _like(rows: Tensor, last: Tensor, x: Tensor
 def _in_tiles(n: int, c: int, k: int, learns: bool, cuda: bool = False
              ) -> bool: # learns: is there a backward pass through v?
     "Are tiles the faster form for these shapes (equation 1)?"
-    return n * k >= max(2**18, (4 if learns else 1.5) * c * (n + k), cuda * 2**24)
+    return n * k >= max(2**18, (2.5 if learns else 1.5) * c * (n + k), cuda * 2**24)
 
 @patch
 def _function(self: KDLayer,

@@ -141,8 +141,9 @@ def _panel(ax, pair: str, rows: pd.DataFrame, methods: list):
             ax.axvline(value, color='.6', ls=line, lw=1, zorder=1)
     sns.scatterplot(rows, x='value', y='place', s=36, facecolor='none', edgecolor='.15',
                     linewidth=1.2, label='published', legend=False, ax=ax)
-    ax.errorbar(rows['last'], rows.place, xerr=rows.last_sd, fmt='D', ms=3.5, color='C0',
-                label='ours, last epoch')
+    if rows['last'].notna().any():
+        ax.errorbar(rows['last'], rows.place, xerr=rows.last_sd, fmt='D', ms=3.5, color='C0',
+                    label='ours, last epoch')
     if rows.original_last.notna().any():
         ax.errorbar(rows.original_last, rows.place, xerr=rows.original_last_sd, fmt='s', ms=3.5,
                     mfc='none', color='C1', label='original recipe, last epoch')
