@@ -8,7 +8,7 @@ __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'sweep_com
            'main']
 
 # %% ../nbs/cli.ipynb #d5be1984
-import argparse, json, os, shlex, sys, time, warnings
+import argparse, json, os, shlex, sys, time, traceback, warnings
 from pathlib import Path
 from typing import Optional
 
@@ -34,6 +34,11 @@ def _settings(pairs: list) -> dict: # of 'key=value' strings
 def _count(number: int, name: str = '--seeds') -> int: # of a demo or a sweep
     if not 1 <= number <= 1000: raise ValueError(f'{name}: found {number}; expected 1 .. 1000')
     return number
+
+def _meant(e: TypeError) -> bool: # raised by letkd on purpose, and not by a slip in its code?
+    last = traceback.extract_tb(e.__traceback__)[-1]
+    return (Path(last.filename).is_relative_to(Path(__file__).parent)
+            and 'raise' in (last.line or '').split())
 
 def _text(e: BaseException) -> str: return str(e.args[0] if isinstance(e, KeyError) else e)
 
@@ -79,7 +84,13 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     from letkd.models.imports import nearest
     from letkd.results.published import beside, format_beside, plot_beside, published
     from letkd.results.tables import format_table, plot_table, read_records, summary
+    if out != 'runs' and not Path(out).exists():
+        raise FileNotFoundError(f'--out: found no folder {out}; expected one with records')
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
+    given = [f'--{k}' for k, v in dict(dataset=dataset, pair=pair, set=settings).items() if v]
+    if given:
+        raise ValueError(f'{given[0]}: found the data set {name}; this option belongs to a study, '
+                         'such as ablation/layers')
     known, style = len(published(name)) > 0, 'markdown' if markdown else 'text'
     look = Path(out).exists() or name in DATASETS and not known
     records = [r for r in read_records(out) if r['dataset'] == name] if look else []
@@ -632,7 +643,8 @@ def main(args: Optional[list] = None # of strings; None: those of the process
         if 'goes on' not in said: said += '; the same command goes on from the last checkpoint'
         print(f'\nletkd: {said}', file=sys.stderr)
         return getattr(e, 'code', 130)
-    except _ERRORS as e:
+    except (*_ERRORS, TypeError) as e:
+        if isinstance(e, TypeError) and not _meant(e): raise
         print(f'letkd: {_text(e)}', file=sys.stderr)
         return 2
     finally:

@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator, Optional
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
 from .taps import (
-    Layout, as_maps, capture, compiled_capture, evaluating, find_layout, grid_of,
+    Layout, as_maps, beside, capture, compiled_capture, evaluating, find_layout, grid_of,
     insert, is_exported, largest, logits_of, replace, resolve, rows, stream, unpack)
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
@@ -83,6 +84,8 @@ class Term(nn.Module):
 
     # does it compare logits, so that student and teacher must know the same classes?
     same_classes = False
+    # does its loss depend on how far the training has come?
+    timed = False
 
     def silent(self, batch: Batch) -> bool: return False # is its loss 0 in this step?
     def targets(self, maps: Maps, batch: Batch) -> dict:
@@ -114,6 +117,7 @@ class Distiller(nn.Module):
         self.looked, self.frozen, self.inserted = False, set(), []
         raise_all('Distiller', _faults(self))
         self._insert()
+        _GIVEN.update({t: ref(student) for t in self.terms if _trains(t)})
         _settle(self)
 
     def taps(self, side: str) -> list: # 'student' or 'teacher'
@@ -123,6 +127,7 @@ class Distiller(nn.Module):
 
     def _apply(self, fn, recurse=True):
         if self.teacher is not None: self.teacher._apply(fn, recurse)
+        if self.memory is not None: self.memory = [fn(x) for x in self.memory]
         return super()._apply(fn, recurse)
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a01
@@ -185,6 +190,7 @@ def _faults(d: Distiller) -> Iterator[Exception]:
     for tap in d.taps('teacher') if d.teacher is not None else ():
         yield from named('teacher', attempted(resolve, d.teacher, tap))
     yield from _shared(d)
+    yield from _given_before(d)
     yield from _wrapped(d)
 
 def named(side: str, faults: list) -> list: # 'student' or 'teacher'; exceptions
@@ -224,6 +230,19 @@ def _is_stateless(x) -> bool:
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a03
 #| code-fold: true
+_GIVEN = WeakKeyDictionary()  # term that trains something: its student, weakly
+
+def _trains(t: Term) -> bool: return bool([*t.parameters()] or t.layers or t.replaces)
+
+def _given_before(d: Distiller) -> Iterator[Exception]:
+    "What a term trains belongs to one student."
+    taken = [t.name for t in d.terms if _GIVEN.get(t, lambda: d.student)() is not d.student]
+    if taken:
+        yield ValueError(f'Distiller: found terms {taken} that were given to another student, '
+                         'which would share what they train with this one. Give each student '
+                         'terms of its own: call create_terms again, or copy.deepcopy(terms) '
+                         'before the first is trained, which keeps what was fitted')
+
 _WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel',
              'FSDPModule'}
 
@@ -231,7 +250,7 @@ def _wrapped(d: Distiller) -> Iterator[Exception]:
     "Engines around the student, which know nothing of what the terms train."
     kinds = {k.__name__ for m in d.student.modules() for k in type(m).__mro__}
     found = kinds & _WRAPPERS
-    trains = [t.name for t in d.terms if [*t.parameters()] or t.layers or t.replaces]
+    trains = [t.name for t in d.terms if _trains(t)]
     if found and trains:
         yield ValueError(f'student: found a {" and ".join(sorted(found))} around it, '
                          f'which would not synchronise what {trains} train beside it: '
@@ -246,11 +265,18 @@ def forward(self: Distiller,
             # B class numbers, or B x Y shares of the classes
             labels: Optional[Tensor] = None,
             index: Optional[Tensor] = None, # B, place in the training set
-            progress: float = 0.,           # share of the training done
+            # share of the training done, 0 to 1; needed by terms that are `timed`
+            progress: Optional[float] = None,
             # the same at the end of the running epoch, see `Batch`
             after_epoch: Optional[float] = None,
            ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
+    if progress is None:
+        if timed := [t.name for t in self.terms if t.timed]:
+            raise ValueError(f'{timed}: found no progress; expected the share of the training '
+                             'that is done, as in distiller(images, labels, '
+                             'progress=step / steps)')
+        progress = 0.
     batch = self.batch(images, labels, index, progress, after_epoch)
     maps, layers = Maps(), self.layers
     targets = self._targets(maps, batch)
@@ -310,7 +336,8 @@ def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
 
 @patch
 def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
-    if self.memory is not None and batch.index is not None:
+    # only in training: another split has an index too
+    if self.training and self.memory is not None and batch.index is not None:
         logits, *maps = (known[batch.index] for known in self.memory)
         return logits, dict(zip(self.taps('teacher'), maps))
     _settle(self)
@@ -484,7 +511,7 @@ class CrossEntropy(Term):
                  start: float = 0.,  # share of the training before which it is silent
                 ):
         super().__init__('ce', weight, teacher=False)
-        self.start = start
+        self.start, self.timed = start, start > 0
 
     def silent(self, batch: Batch) -> bool: return batch.progress < self.start
 
@@ -554,7 +581,7 @@ class DKD(Term):
                 ):
         super().__init__('dkd')
         self.alpha, self.beta = alpha, beta
-        self.temperature, self.warmup = temperature, warmup
+        self.temperature, self.warmup, self.timed = temperature, warmup, warmup > 0
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         tckd, nckd = decoupled(*soften(maps, self.temperature), batch.classes)
@@ -641,7 +668,8 @@ def first(self: Setup) -> tuple: # (images, labels, index or None)
         batch = next(iter(self.batches), None)
         if batch is None:
             raise ValueError('batches: found none; expected the training set')
-        self._first = unpack(batch, look=True)
+        images, labels, index = unpack(batch, look=True)
+        self._first = *beside(self.student, images, labels), index
     return self._first
 
 @patch
@@ -873,13 +901,13 @@ def remember(self: Distiller,
              # bytes; a training set that needs more is not remembered
              limit: int = 2**32,
             ) -> bool:              # is the teacher remembered?
-    """Run the teacher once over images that are not augmented; `forward` looks it up by
-    `index` from then on."""
+    """Run the teacher once over images that are not augmented; `forward` in training mode
+    looks it up by `index` from then on."""
     self.memory, memory, came = None, None, torch.zeros(count, dtype=torch.long)
     if not self.needs_teacher: return False
     for images, labels, index in map(unpack, batches):
         came += _arrivals(index, count)
-        logits, maps = self._teacher(Batch(images, labels))
+        logits, maps = self._teacher(Batch(*beside(self.teacher, images), labels))
         said = [logits, *(maps[tap] for tap in self.taps('teacher'))]
         if memory is None:
             if count * sum(x[0].numel() * x.element_size() for x in said) > limit:

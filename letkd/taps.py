@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_exported', 'resolve', 'Layout', 'capture', 'compiled_capture', 'Inserted', 'Placed', 'insert', 'Replaced',
            'replace', 'grid_of', 'rows', 'one_class', 'evaluating', 'find_layout', 'as_maps', 'unpack', 'largest',
-           'logits_of', 'stream']
+           'logits_of', 'beside', 'stream']
 
 # %% ../nbs/taps.ipynb #2394fcd7
 import difflib, math, re
@@ -648,9 +648,15 @@ def logits_of(
     if isinstance(found, Tensor): return found
     by = f' and {_describe(found)} by output' if output else ''
     raise TypeError(f'{whose}: found {_describe(out)} as its output{by}; expected logits. '
-                    'Say where they are, as in output=lambda out: out[1]')
+                    'Say where they are, as in output=lambda out: out[1], or let the network '
+                    'return them alone')
 
 # %% ../nbs/taps.ipynb #5a54ca07
+def beside(model: nn.Module, *tensors) -> list: # the tensors
+    "On the device of a network; as they are where it has no parameters."
+    device = next((p.device for p in model.parameters()), None)
+    return [x if device is None else x.to(device) for x in tensors]
+
 @dataclass(frozen=True)
 class _Stream:
     model: nn.Module
@@ -665,7 +671,7 @@ class _Stream:
     def __len__(self): return len(self.batches)
 
     def _rows(self, images, labels):
-        labels = one_class(labels)
+        images, labels = beside(self.model, images, one_class(labels))
         with evaluating(self.model) as model, capture(model, self.tap) as maps: model(images)
         maps = as_maps(self.model, maps, images, self.layouts)
         r = rows(maps[self.tap], self.grid)

@@ -124,7 +124,7 @@ def test_a_second_process_in_the_same_folder_is_refused(server, tmp_path, capsys
 
 
 def test_a_terminal_without_the_signs_of_a_table(tmp_path):
-    found = subprocess.run([*LETKD, 'table', 'cifar100', '--out', tmp_path/'none'],
+    found = subprocess.run([*LETKD, 'table', 'cifar100', '--out', tmp_path],
                            capture_output=True, env=dict(os.environ, PYTHONIOENCODING='cp1252'))
     assert found.returncode == 0 and b'resnet56 ? resnet20' in found.stdout, found.stderr
 
@@ -164,6 +164,10 @@ def test_table_of_what_was_run(out, record, capsys):
     (['reproduce', 'nowhere.json'], 'nowhere.json'),
     (['run', 'digit_pairs/my_nets:tiny'], 'letkd --import my_nets.py'),
     (['table', 'digit_pairs', '--out', 'nowhere'], 'nowhere'),
+    (['table', 'cifar100', '--out', 'rnus'], 'no folder rnus'),
+    (['table', 'claims/main', '--out', 'rnus'], 'no folder rnus'),
+    (['table', 'cifar100', '--pair', 'resnet56-resnet20'], 'belongs to a study'),
+    (['table', 'cifar100', '--set', 'epochs=3'], 'belongs to a study'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     from letkd.cli import main
@@ -323,6 +327,21 @@ def test_a_file_that_cannot_be_imported_is_one_clear_line(text, says, tmp_path, 
     assert not (tmp_path/'runs').exists()
 
 
+def test_a_network_of_the_wrong_kind_is_one_clear_line(tmp_path, capsys):
+    from letkd.cli import main
+    (tmp_path/'heads.py').write_text('''
+from torch import nn
+class Two(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.flat, self.fc = nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes)
+    def forward(self, x): return self.fc(self.flat(x)), self.flat(x)
+''')
+    assert main(['--import', str(tmp_path/'heads.py'), 'run', 'digit_pairs/heads:Two', '--out',
+                 str(tmp_path/'runs'), '--quiet', *sets(epochs=1, train_size=64)]) == 2
+    one_line(capsys, 'or let the network return them alone')
+
+
 def test_the_cost_of_a_layer_needs_no_run(capsys):
     from letkd.cli import main
     assert main(['sweep', 'ablation/cost', '--dataset', 'digit_pairs', '--pair',
@@ -330,8 +349,8 @@ def test_the_cost_of_a_layer_needs_no_run(capsys):
     assert 'penultimate' in (table := capsys.readouterr().out) and '+2.0 %' in table
 
 
-def test_a_reader_may_leave_a_pipe():
-    with subprocess.Popen([*LETKD, 'table', 'cifar100', '--out', 'nowhere'], text=True,
+def test_a_reader_may_leave_a_pipe(tmp_path):
+    with subprocess.Popen([*LETKD, 'table', 'cifar100', '--out', tmp_path], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert 'published' in process.stdout.readline()
         process.stdout.close()

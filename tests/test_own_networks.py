@@ -48,7 +48,8 @@ def networks():
     return classifier(), classifier()
 
 
-def losses(distiller, *batch): return {k: v.item() for k, v in distiller(*batch)[1].items()}
+def losses(distiller, *batch):
+    return {k: v.item() for k, v in distiller(*batch, progress=.5)[1].items()}
 
 
 FORMS = {'a dictionary': lambda x, y, i: dict(image=x, label=y, index=i),

@@ -84,6 +84,7 @@ class ActivationBoundary(Term):
                 ):
         super().__init__('ab', weight, *split_pairs(stages))
         self.connectors, self.alone, self.margin = nn.ModuleList(connectors), alone, margin
+        self.timed = alone < 1
 
     def silent(self, batch: Batch) -> bool: return is_over(self.alone, batch)
 

@@ -40,7 +40,7 @@ class Flow(Term):
                  weight: float = 1.,      # factor in the total loss
                 ):
         super().__init__('fsp', weight, *split_pairs(stages))
-        self.alone = alone
+        self.alone, self.timed = alone, alone < 1
         if len(stages) < 2:
             raise ValueError(f'fsp: found one stage {stages}; a flow needs two at least')
 

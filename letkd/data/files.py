@@ -178,7 +178,9 @@ def contents(path,             # of a .zip, a .tar, a compressed .tar, or a fold
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM') # as Pillow calls them
 
 def _pixels(image) -> Tensor: # 3 x H x W, of an opened image of Pillow
-    if image.mode == 'F': raise ValueError('found pixels of floating point; expected 8 or 16 bits')
+    if image.mode == 'F' or image.mode == 'I' and image.format == 'TIFF':
+        kind = 'floating point' if image.mode == 'F' else '32 bits'
+        raise ValueError(f'found pixels of {kind}; expected 8 or 16 bits')
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # 16 bits
     if image.mode == 'P': image = image.convert('RGBA')  # a palette may be transparent

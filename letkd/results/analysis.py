@@ -28,7 +28,7 @@ from ..data.digit_pairs import BACKGROUND, PARTS, parts_at
 from ..distiller import Distiller
 from ..layer import KDLayer
 from .tables import label, new_figure, pairs_of, summary
-from ..taps import evaluating, capture, grid_of, rows
+from ..taps import evaluating, capture, grid_of, rows, unpack
 
 # %% ../../nbs/results/analysis.ipynb #12863960
 def _labels(assignment, truth) -> tuple: # two vectors of equal length
@@ -164,31 +164,38 @@ def _kd_layer(model: nn.Module, path: str) -> KDLayer:
         raise KeyError(f'found {path!r}; the KD layers are {", ".join(layers) or "none"}')
     return layers[path]
 
-def _totals(layer: KDLayer, x: Tensor, target) -> dict: # sums over the pixels of a map
-    s, p_t = rows(layer.scores(x)), target.tile(0, target.shape[0])
+def _totals(layer: KDLayer, x: Tensor, target # None: nobody teaches it
+           ) -> dict: # sums over the pixels of a map
+    s = rows(layer.scores(x))
     log_s = F.log_softmax(s, 1)
+    p_t = s * float('nan') if target is None else target.tile(0, target.shape[0])
     active = (rows(layer.assign(x)) > 0).float().mean(1) if layer.alpha else s[:, 0] * float('nan')
     each = dict(active=active, p_S=-(log_s.exp() * log_s).sum(1),
                 p_T=torch.special.entr(p_t).sum(1),
-                agreement=s.argmax(1) == p_t.argmax(1),
+                agreement=(s.argmax(1) == p_t.argmax(1)) + 0 * p_t[:, 0],
                 KL=F.kl_div(log_s, p_t, reduction='none').sum(1))
     return dict(pixels=len(s), **{name: value.sum().item() for name, value in each.items()})
 
 # %% ../../nbs/results/analysis.ipynb #554ac9c3
 @torch.no_grad()
 def layer_report(distiller: Distiller, # trained, or as it starts
-                 batches: Iterable,    # of (images, labels, ...)
+                 batches: Iterable,    # of what `letkd.taps.unpack` takes
                 ) -> pd.DataFrame:     # one row for each KD layer, by its tap
-    "What the KD layers of a student do, in eval mode."
-    layers, found = distiller.layers, []
+    "What the KD layers of a student do, in eval mode; no p_T where nobody teaches a layer."
+    layers = {tap: m for tap, m in distiller.layers.items() if isinstance(m, KDLayer)}
+    if not layers:
+        raise ValueError('layer_report: found no KD layer in the student; expected a method that '
+                         'has one, such as letkd2')
+    found = []
     paths = {layer: path for path, layer in kd_layers(distiller.student).items()}
     inputs = {tap: f'{paths[layer]}:input' for tap, layer in layers.items()}
-    for images, labels, *_ in batches:
+    for images, labels, _ in map(unpack, batches):
         targets = distiller.targets(images, labels)
         with evaluating(distiller.student) as student:
             with capture(student, inputs.values()) as maps: student(images)
-            found += [dict(tap=tap, **_totals(layers[tap], maps[inputs[tap]], targets[tap]))
+            found += [dict(tap=tap, **_totals(layers[tap], maps[inputs[tap]], targets.get(tap)))
                       for tap in layers]
+    if not found: raise ValueError('layer_report: found no batches')
     totals = pd.DataFrame(found).groupby('tap', sort=False).sum(min_count=1)
     means = totals.div(totals.pixels, axis=0).drop(columns='pixels')
     means['p_S'], means['p_T'] = np.exp(means.p_S), np.exp(means.p_T)

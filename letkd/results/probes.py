@@ -8,6 +8,7 @@ __all__ = ['SHAPES', 'COSTS', 'TRAINING', 'pooled', 'lda_probe', 'intermediate_p
 
 # %% ../../nbs/results/probes.ipynb #3163b27c
 import copy, json, time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Optional
@@ -17,6 +18,8 @@ import pandas as pd
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .analysis import kd_layers
 from ..distiller import Distiller
@@ -100,28 +103,45 @@ def probe_run(e: Experiment,                # of a method with an intermediate K
     return read_record(path)
 
 # %% ../../nbs/results/probes.ipynb #7e250e43
-def _adds(module: nn.Module, x: Tensor, out: Tensor) -> int: # of one call, on a batch
-    if isinstance(module, KDLayer):
-        return len(rows(x)) * module.templates.numel() * (2 if module.alpha else 1)
-    if isinstance(module, FoldedKDLayer): return 2 * len(rows(x)) * module.weight.numel()
-    if isinstance(module, nn.Linear): return out.numel() * module.in_features
-    return out.numel() * module.weight[0].numel()
+def _adds(layer: nn.Module, x: Tensor) -> int: # of one call of a KD layer, on a batch
+    if isinstance(layer, FoldedKDLayer): return 2 * len(rows(x)) * layer.weight.numel()
+    return len(rows(x)) * layer.templates.numel() * (2 if layer.alpha else 1)
 
-def multiply_adds(model: nn.Module, # of convolutions, linear and KD layers
-                  images: Tensor,   # B x 3 x H x W
-                 ) -> dict:         # {module path: multiply-adds for one image}
-    "Multiply-adds of a forward pass, layer by layer (equation 2)."
-    found, kinds = {}, (nn.Conv2d, nn.Linear, KDLayer, FoldedKDLayer)
-    def note(path):
-        def hook(module, args, out):
-            found[path] = found.get(path, 0) + _adds(module, args[0], out) // len(images)
-        return hook
-    hooks = [m.register_forward_hook(note(path))
-             for path, m in model.named_modules() if isinstance(m, kinds)]
+@contextmanager
+def _countable():
+    "Attention in operations that `FlopCounterMode` knows."
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model): model(images)
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
+
+def multiply_adds(model: nn.Module, # any network
+                  images: Tensor,   # B x 3 x H x W
+                 ) -> dict:         # {module path: its own multiply-adds for one image}
+    "Multiply-adds of the products in a forward pass, module by module (equation 2)."
+    found, layers = {}, {path: m for path, m in model.named_modules()
+                         if isinstance(m, (KDLayer, FoldedKDLayer))}
+    def note(path):
+        def hook(layer, args, out):
+            found[path] = found.get(path, 0) + _adds(layer, args[0]) // len(images)
+        return hook
+    hooks = [m.register_forward_hook(note(path)) for path, m in layers.items()]
+    try:
+        with evaluating(model), _countable(), FlopCounterMode(display=False) as counter:
+            model(images)
     finally:
         for hook in hooks: hook.remove()
+    sums = {name.partition('.')[2]: sum(flops.values()) // 2
+            for name, flops in counter.get_flop_counts().items() if name != 'Global'}
+    def above(path): # the nearest module around it that was called
+        while path:
+            path = path.rpartition('.')[0]
+            if path in sums: return path
+    for path, flops in sums.items():
+        own = flops - sum(n for part, n in sums.items() if above(part) == path)
+        if own and not any(f'{path}.'.startswith(f'{layer}.') for layer in layers):
+            found[path] = own // len(images)
     return found
 
 # %% ../../nbs/results/probes.ipynb #0b2590f5

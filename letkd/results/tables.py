@@ -220,10 +220,13 @@ def paired(records: list, # of one row, see `read_records`
           ) -> dict:      # n, mean, low, high, and the difference for each seed that both rows have
     "The mean difference of two rows, seed by seed, with its confidence interval (equation 2)."
     ours, theirs = ({r['seed']: r[value] for r in rows} for rows in (records, others))
+    if not 0 < level < 1:
+        raise ValueError(f'paired: found the level {level}; expected one between 0 and 1')
     for rows, found in ((records, ours), (others, theirs)):
-        if len(found) < len(rows):
-            raise ValueError(f'paired: found {len(rows)} records of {len(found)} seeds; expected '
-                             'the records of one row, each seed once')
+        kinds = {(r.get('name'), str(r.get('changed'))) for r in rows}
+        if len(found) < len(rows) or len(kinds) > 1:
+            raise ValueError(f'paired: found {len(rows)} records of {len(found)} seeds and '
+                             f'{len(kinds)} rows; expected the records of one row, each seed once')
     seeds = sorted(ours.keys() & theirs.keys())
     d = pd.Series([ours[s] - theirs[s] for s in seeds], index=seeds, dtype=float)
     quantile = student_t.ppf((1 + level) / 2, len(d) - 1) if len(d) > 1 else nan

@@ -16,25 +16,24 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .processes import processes, summed
-from ..taps import largest, logits_of, unpack
+from ..taps import evaluating, largest, logits_of, unpack
 
 # %% ../../nbs/runs/meters.ipynb #0de3c255
-@torch.no_grad()
-def evaluate(model: nn.Module,  # a classifier; its mode is restored
+def evaluate(model: nn.Module,  # a classifier; the mode of each module is restored
              batches: Iterable, # of what `letkd.taps.unpack` takes; of this process's share
              output: Optional[Callable] = None, # finds the logits in what the model returns
             ) -> dict:          # top1 and top5 in percent, loss in nats
     "Accuracy and cross-entropy in eval mode."
-    training, device = model.training, next(model.parameters(), torch.zeros(())).device
+    device = next(model.parameters(), torch.zeros(())).device
     totals = torch.zeros(4, device=device)
-    model.eval()
-    for images, labels, _ in map(unpack, batches):
-        images, labels = images.to(device), labels.to(device)
-        logits = logits_of(model(images), 'evaluate', output).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == largest(labels)[:, None]
-        loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
-        totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))])
-    model.train(training)
+    with evaluating(model):
+        for images, labels, _ in map(unpack, batches):
+            images, labels = images.to(device), labels.to(device)
+            logits = logits_of(model(images), 'evaluate', output).float()
+            best = logits.topk(min(5, logits.shape[1])).indices == largest(labels)[:, None]
+            loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
+            totals += torch.stack([best[:, 0].sum(), best.sum(), loss,
+                                   loss.new_tensor(len(labels))])
     top1, top5, loss, n = summed(totals).tolist()
     if not n: raise ValueError('evaluate: found no images; is it an iterator that was used up?')
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n)

@@ -176,8 +176,12 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
     write, read = _form(path, images.dtype == torch.uint8)
     model = folded(student).cpu().requires_grad_(False)
     batches = _batches(images)
-    about = json.dumps(_about(model, images, mean, std, about), allow_nan=False)
     expected = torch.cat([*map(_by_student(student, mean, std), batches)])
+    if 'classes' in about and len(about['classes']) != expected.shape[1]:
+        raise ValueError(f'export: found {len(about["classes"])} classes; expected the '
+                         f'{expected.shape[1]} of the student')
+    about = json.dumps(_about(model, images, mean, std, about), allow_nan=False,
+                       default=_plain)
     if images.dtype == torch.uint8:
         model = _Bytes(model, next(model.parameters(), torch.ones(())), mean, std).eval()
     two = torch.cat([images[:2]] * 2)[:2]
@@ -200,6 +204,8 @@ def _checked(student, images, mean, std) -> Tensor: # the images, on the CPU
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f'export: found images of {shape}; expected a tensor B x C x H x W')
     for name, v in dict(mean=mean, std=std).items():
+        if v is not None and not hasattr(v, '__len__'):
+            raise ValueError(f'export: found {name} = {v}; expected a number for each channel')
         if v is None and images.dtype == torch.uint8:
             raise ValueError(f'export: found bytes and no {name}; '
                              'expected a number for each channel')
@@ -208,6 +214,10 @@ def _checked(student, images, mean, std) -> Tensor: # the images, on the CPU
         if v is not None and max(v) > 1:
             raise ValueError(f'export: found {name} = {v}; '
                              'expected units of full intensity, 0 .. 1')
+    if std is not None and not min(std) > 0:
+        raise ValueError(f'export: found std = {std}; expected positive numbers')
+    if (mean is None) != (std is None):
+        raise ValueError(f'export: found mean = {mean} and std = {std}; expected both or neither')
     return images.detach().cpu()
 
 def _about(model, images, mean, std, about) -> dict:
@@ -217,6 +227,11 @@ def _about(model, images, mean, std, about) -> dict:
                   takes=takes, mean=_numbers(mean), std=_numbers(std))
     layers = [path for path, m in model.named_modules() if isinstance(m, FoldedKDLayer)]
     return dict(letkd=letkd.__version__, images=images, folded=layers, **about)
+
+def _plain(x): # for JSON
+    if hasattr(x, 'tolist'): return x.tolist()  # of numpy or torch
+    raise TypeError(f'export: found a {type(x).__name__} among what is stored; expected strings, '
+                    'numbers, lists and dicts')
 
 def _numbers(v): return None if v is None else [float(x) for x in v]
 

@@ -67,9 +67,16 @@ class Training:
         self.distiller, self.batches = distiller, _stateful(batches)
         self.epochs, self.steps = epochs, _length(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError('distiller: found no parameter that can be trained; is the student '
+                             'frozen?')
         self.device = parameters[0].device
         self.optimiser = _sgd(parameters, lr, momentum, weight_decay, nesterov)
         self.schedule = SCHEDULES[schedule](self.optimiser, self.steps, epochs, milestones)
+        self.settings = dict(
+            terms=[f'{t.name} ({type(t).__name__}, weight {t.weight:g})' for t in distiller.terms],
+            epochs=epochs, steps=self.steps, lr=lr, schedule=schedule, milestones=list(milestones),
+            momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         amp = amp and self.device.type == 'cuda'
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
@@ -181,11 +188,17 @@ def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and d
     "All that `load_state_dict` needs to continue bit for bit; all processes must call it together."
     parts = {name: getattr(self, name).state_dict() for name in _PARTS}
     return dict(parts, generators=gathered(_generators(self.device)), history=self.history,
-                seconds=self.seconds, lr=self.lr, conditions=self.conditions)
+                seconds=self.seconds, lr=self.lr, conditions=self.conditions,
+                settings=self.settings)
 
 @patch
 def load_state_dict(self: Training, state: dict):
-    "Continue from `state`; this sets the global generators too."
+    """Continue from `state`, of a training with the same terms and settings; this sets the
+    global generators too."""
+    there = state.get('settings', self.settings)  # older states have none
+    differ = [f'{k} was {there.get(k)} and is {v} now'
+              for k, v in self.settings.items() if there.get(k) != v]
+    if differ: raise ValueError('; '.join(differ))
     for name in _PARTS: getattr(self, name).load_state_dict(state[name])
     self.history, self.seconds, self.lr = state['history'], state['seconds'], state['lr']
     if rank() < len(state['generators']):  # an additional process keeps its own generator
