@@ -84,13 +84,8 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     from letkd.models.imports import nearest
     from letkd.results.published import beside, format_beside, plot_beside, published
     from letkd.results.tables import format_table, plot_table, read_records, summary
-    if out != 'runs' and not Path(out).exists():
-        raise FileNotFoundError(f'--out: found no folder {out}; expected one with records')
+    _check_table(name, out, dict(dataset=dataset, pair=pair, set=settings))
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
-    given = [f'--{k}' for k, v in dict(dataset=dataset, pair=pair, set=settings).items() if v]
-    if given:
-        raise ValueError(f'{given[0]}: found the data set {name}; this option belongs to a study, '
-                         'such as ablation/layers')
     known, style = len(published(name)) > 0, 'markdown' if markdown else 'text'
     look = Path(out).exists() or name in DATASETS and not known
     records = [r for r in read_records(out) if r['dataset'] == name] if look else []
@@ -105,6 +100,14 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     if figure: (plot_beside(both) if known else plot_table(frame)).savefig(figure, dpi=150)
 
 # %% ../nbs/cli.ipynb #0ad9bb45
+def _check_table(name: str, out: str, options: dict): # {option of a study: its value}
+    if out != 'runs' and not Path(out).exists():
+        raise FileNotFoundError(f'--out: found no folder {out}; expected one with records')
+    given = [key for key, value in options.items() if value]
+    if given and '/' not in name:
+        raise ValueError(f'--{given[0]}: found the data set {name}; this option belongs to a '
+                         'study, such as ablation/layers')
+
 def _study_table(name, out, markdown, figure, dataset, pair, settings, records=None):
     from letkd.results.published import beside_study, format_study, plot_option
     from letkd.results.tables import read_records

@@ -24,9 +24,10 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from .taps import (
-    Layout, as_maps, beside, capture, compiled_capture, evaluating, find_layout, grid_of,
-    insert, is_exported, largest, logits_of, replace, resolve, rows, stream, unpack)
+from letkd.taps import (
+    Layout, as_maps, beside, capture, compiled_capture, evaluating, find_layout,
+    grid_of, insert, is_exported, largest, logits_of, replace, resolve, rows, stream,
+    unpack)
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
 #| code-fold: true
@@ -84,8 +85,7 @@ class Term(nn.Module):
 
     # does it compare logits, so that student and teacher must know the same classes?
     same_classes = False
-    # does its loss depend on how far the training has come?
-    timed = False
+    timed = False  # does its loss depend on how far the training has come?
 
     def silent(self, batch: Batch) -> bool: return False # is its loss 0 in this step?
     def targets(self, maps: Maps, batch: Batch) -> dict:
@@ -117,13 +117,7 @@ class Distiller(nn.Module):
         self.looked, self.frozen, self.inserted = False, set(), []
         raise_all('Distiller', _faults(self))
         self._insert()
-        _GIVEN.update({t: ref(student) for t in self.terms if _trains(t)})
         _settle(self)
-
-    def taps(self, side: str) -> list: # 'student' or 'teacher'
-        "The union of what the terms declare, in order."
-        return list(dict.fromkeys(tap for t in self.terms
-                                  for tap in getattr(t, f'{side}_taps')))
 
     def _apply(self, fn, recurse=True):
         if self.teacher is not None: self.teacher._apply(fn, recurse)
@@ -132,6 +126,12 @@ class Distiller(nn.Module):
 
 # %% ../nbs/07_distiller.ipynb #8e1c0a01
 #| code-fold: true
+@patch
+def taps(self: Distiller, side: str) -> list: # 'student' or 'teacher'
+    "The union of what the terms declare, in order."
+    return list(dict.fromkeys(tap for t in self.terms
+                              for tap in getattr(t, f'{side}_taps')))
+
 class _Function(nn.Module):
     "A plain function of images, as a network without modules."
     def __init__(self, function: Callable):
@@ -236,12 +236,14 @@ def _trains(t: Term) -> bool: return bool([*t.parameters()] or t.layers or t.rep
 
 def _given_before(d: Distiller) -> Iterator[Exception]:
     "What a term trains belongs to one student."
-    taken = [t.name for t in d.terms if _GIVEN.get(t, lambda: d.student)() is not d.student]
+    taken = [t.name for t in d.terms
+             if _GIVEN.get(t, lambda: d.student)() is not d.student]
     if taken:
-        yield ValueError(f'Distiller: found terms {taken} that were given to another student, '
-                         'which would share what they train with this one. Give each student '
-                         'terms of its own: call create_terms again, or copy.deepcopy(terms) '
-                         'before the first is trained, which keeps what was fitted')
+        yield ValueError(f'Distiller: found terms {taken} that were given to another '
+                         'student, which would share what they train with this one. '
+                         'Give each student terms of its own: call create_terms '
+                         'again, or copy.deepcopy(terms) before the first is trained, '
+                         'which keeps what was fitted')
 
 _WRAPPERS = {'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel',
              'FSDPModule'}
@@ -271,12 +273,7 @@ def forward(self: Distiller,
             after_epoch: Optional[float] = None,
            ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    if progress is None:
-        if timed := [t.name for t in self.terms if t.timed]:
-            raise ValueError(f'{timed}: found no progress; expected the share of the training '
-                             'that is done, as in distiller(images, labels, '
-                             'progress=step / steps)')
-        progress = 0.
+    progress = _share_done(self, progress)
     batch = self.batch(images, labels, index, progress, after_epoch)
     maps, layers = Maps(), self.layers
     targets = self._targets(maps, batch)
@@ -315,6 +312,16 @@ def batch(self: Distiller, images, labels=None, index=None, progress=0.,
         found = f'{type(given).__name__} {list(getattr(given, "shape", ()))}'
         raise ValueError(f'index: found {found}; expected {len(labels)} whole numbers')
     return Batch(images, labels, index, progress, after_epoch)
+
+# %% ../nbs/07_distiller.ipynb #a26ee0a9
+#| code-fold: true
+def _share_done(d: Distiller, progress: Optional[float]) -> float:
+    timed = [t.name for t in d.terms if t.timed]
+    if progress is None and timed:
+        raise ValueError(f'{timed}: found no progress; expected the share of the '
+                         'training that is done, as in distiller(images, labels, '
+                         'progress=step / steps)')
+    return progress or 0.
 
 @patch
 def _logits(self: Distiller,
@@ -393,6 +400,7 @@ def _insert(self: Distiller):
                 self.inserted.append(replace(self.student, path, module))
         for tap, layer in self.layers.items():
             self.inserted.append(insert(self.student, tap, layer))
+        _GIVEN.update({t: ref(self.student) for t in self.terms if _trains(t)})
     except BaseException:
         self.remove()
         raise
@@ -901,8 +909,8 @@ def remember(self: Distiller,
              # bytes; a training set that needs more is not remembered
              limit: int = 2**32,
             ) -> bool:              # is the teacher remembered?
-    """Run the teacher once over images that are not augmented; `forward` in training mode
-    looks it up by `index` from then on."""
+    """Run the teacher once over images that are not augmented; `forward` in training
+    mode looks it up by `index` from then on."""
     self.memory, memory, came = None, None, torch.zeros(count, dtype=torch.long)
     if not self.needs_teacher: return False
     for images, labels, index in map(unpack, batches):

@@ -116,6 +116,7 @@ def _countable():
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: torch.backends.mha.set_fastpath_enabled(fast)
 
+# %% ../../nbs/results/probes.ipynb #5be4d6b4
 def multiply_adds(model: nn.Module, # any network
                   images: Tensor,   # B x 3 x H x W
                  ) -> dict:         # {module path: its own multiply-adds for one image}

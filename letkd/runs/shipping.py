@@ -220,6 +220,7 @@ def _checked(student, images, mean, std) -> Tensor: # the images, on the CPU
         raise ValueError(f'export: found mean = {mean} and std = {std}; expected both or neither')
     return images.detach().cpu()
 
+# %% ../../nbs/runs/shipping.ipynb #7e654e7a
 def _about(model, images, mean, std, about) -> dict:
     takes = ('bytes 0 .. 255' if images.dtype == torch.uint8
              else 'normalised: (bytes / 255 - mean) / std')
