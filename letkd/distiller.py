@@ -24,10 +24,9 @@ from .layer import KDLayer, supervised
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
 from .subclasses import SubClasses
-from letkd.taps import (
-    Layout, as_maps, beside, capture, compiled_capture, evaluating, find_layout,
-    grid_of, insert, is_exported, largest, logits_of, replace, resolve, rows, stream,
-    unpack)
+from .taps import Layout, as_maps, beside, capture, compiled_capture, evaluating
+from .taps import find_layout, grid_of, insert, is_exported, largest, logits_of
+from .taps import replace, resolve, rows, stream, unpack
 
 # %% ../nbs/07_distiller.ipynb #04b4f5f3
 #| code-fold: true
@@ -316,8 +315,7 @@ def batch(self: Distiller, images, labels=None, index=None, progress=0.,
 # %% ../nbs/07_distiller.ipynb #a26ee0a9
 #| code-fold: true
 def _share_done(d: Distiller, progress: Optional[float]) -> float:
-    timed = [t.name for t in d.terms if t.timed]
-    if progress is None and timed:
+    if progress is None and (timed := [t.name for t in d.terms if t.timed]):
         raise ValueError(f'{timed}: found no progress; expected the share of the '
                          'training that is done, as in distiller(images, labels, '
                          'progress=step / steps)')
