@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 _names = dict(KDLayer='layer', supervised='layer', Distiller='distiller', create_terms='methods',
               create_model='models', Experiment='runs.experiments', KMeansPrototypes='prototypes',
               KernelPrototypes='prototypes', SubClasses='subclasses', export='runs.shipping')
-_modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'methods',
-            'baselines', 'models', 'data', 'runs', 'results', 'checks', 'cli')
+_modules = ('solver', 'matching', 'fused', 'layer', 'taps', 'prototypes', 'subclasses', 'distiller', 'terms',
+            'methods', 'baselines', 'models', 'data', 'runs', 'results', 'checks', 'cli')
 
 
 def _lazy(package, names, modules):

@@ -23,11 +23,10 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import (
-    CrossEntropy, Setup, Term, attempted, dkd, kd, layer, layer2, letkd1, letkd2,
-    letkd_intermediate, named, quest, raise_all)
+from .distiller import CrossEntropy, Setup, Term, attempted, named, raise_all
 from .models.imports import OWN, PACKAGES, nearest
 from .taps import as_maps, capture, evaluating, resolve
+from .terms import dkd, kd, layer, layer2, letkd1, letkd2, letkd_intermediate, quest
 
 # %% ../nbs/methods.ipynb #ed24e070
 METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=ab, fsp=fsp,

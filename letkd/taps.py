@@ -40,8 +40,9 @@ def _names(names, most=4):
     return ', '.join(names[:most]) + more
 
 # %% ../nbs/taps.ipynb #5c1e0a01
-def is_exported(model: nn.Module) -> bool: # any network
-    "Whether it comes from `torch.export`; the mode of such a network cannot be changed."
+def is_exported(model: nn.Module, # any network
+               ) -> bool:         # whether it comes from `torch.export`
+    "Is a network a program of `torch.export`? The mode of such a program cannot be changed."
     return isinstance(model, torch.fx.GraphModule) and 'eval' in vars(model)
 
 def _closed(model):
@@ -144,8 +145,10 @@ def to_map(self: Layout, x: Tensor) -> Tensor: # B x C x H x W, a view of `x`
     return x if grid is None else x[:, :, self.prefix:].unflatten(2, grid)
 
 @patch
-def from_map(self: Layout, y: Tensor, x: Tensor
-            ) -> Tensor: # `y`, a map B x C x H x W, in the layout of `x`
+def from_map(self: Layout,
+             y: Tensor, # a map, B x C x H x W
+             x: Tensor, # a tensor of this layout, as `to_map` takes it
+            ) -> Tensor: # `y` in this layout
     "The inverse of `to_map`; the prefix is taken from `x`."
     if self.grid: y = y.flatten(2)
     if self.last: y = y.movedim(1, -1)

@@ -1,13 +1,16 @@
-"""From notebooks to the pages of the site: documentation of names, folds, links.
+"""From notebooks to the pages of the site: documentation of names, folds, links, search.
 
 No test stands here. nbdev calls the classes `document`, `fold` and `link`, which settings.ini lists
 under `procs`. `python tests/pages.py` has nbdev and Quarto build the site, here and in
-.github/workflows/docs.yml; with `--card` it draws nbs/social.png. The documentation of a name is
-read from the cell that defines it: nothing is imported, and no cell is run. It is in tests/ because
-only those who develop letkd need it; tests/test_site.py tests it.
+.github/workflows/docs.yml, and adds the names to its search; with `--card` it draws
+nbs/social.png. The documentation of a name is read from the cell that defines it: nothing is
+imported, and no cell is run. It is in tests/ because only those who develop letkd need it;
+tests/test_site.py tests it.
 """
 import ast
+import html
 import io
+import json
 import posixpath
 import re
 import sys
@@ -26,6 +29,7 @@ FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 # Reading a definition
 
+@cache
 def comments(source):
     "line -> its comment, and the lines that hold nothing else"
     found, alone = {}, set()
@@ -270,9 +274,9 @@ def shows(cell):
     return 'table' if kinds & {'text/html', 'text/markdown'} else None
 
 
-def summary(cell, before, results=False):
+def summary(cell, before, closed=False):
     """The words under which a cell is folded, and whether it begins so; None: it is not folded.
-    On a page of results all code is."""
+    On a page whose code is `closed` every cell is."""
     body = parsed(cell)
     if re.search(r'^#\|\s*(code-summary|echo)\s*:', cell.source, re.M): return None
     if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
@@ -280,24 +284,38 @@ def summary(cell, before, results=False):
     if 'exports' in cell.directives_:
         names = defined(body)
         helper = names and not any(map(is_public, names)) and before.cell_type == 'code'
-        if not helper: return 'Source', False
+        if not helper: return 'Source', closed
         return 'Helper: ' + ', '.join(n.name for n in names), True
     if refuses(body) and not cell.get('outputs'): return 'What is refused', True
-    if results: return (f"The {what}'s code" if (what := shows(cell)) else 'Code'), True
+    if closed: return (f"The {what}'s code" if (what := shows(cell)) else 'Code'), True
+
+
+BEGIN = '<details class="code-fold">\n<summary>Solution</summary>'  # as Quarto begins a fold
+
+def around(cell):
+    "A solution that prints something, between cells that fold what it prints with its code."
+    named = re.search(r'^#\|\s*code-summary:\s*"Solution"', cell.source or '', re.M)
+    if not named or not cell.get('outputs'): return [cell]
+    cell.source = re.sub(r'^#\|\s*code-(fold|summary)\s*:.*\n', '', cell.source, flags=re.M)
+    begin, end = mk_cell(BEGIN, 'markdown'), mk_cell('</details>', 'markdown')
+    begin.directives_ = end.directives_ = {}
+    return [begin, cell, end]
 
 
 class fold(Processor):
-    """Fold imports, tests of errors, helpers that no prose introduces, and all code of results.
-    What else is exported is open, unless its cell says otherwise, and a reader can fold it."""
+    """Fold imports, tests of errors, helpers that no prose introduces, all code of results and of
+    checks, and solutions. What else is exported is open, unless its cell says otherwise, and a
+    reader can fold it."""
     def begin(self):
-        results = Path(self.nb.path_).parent.name == 'experiments'
+        closed = Path(self.nb.path_).parent.name in ('experiments', 'checks')
         shown = [c for c in self.nb.cells if c.cell_type == 'markdown'
                  or is_code(c) and 'hide' not in c.directives_]
         for before, cell in zip([None, *shown], shown):
-            if cell.cell_type != 'code' or not (found := summary(cell, before, results)): continue
+            if cell.cell_type != 'code' or not (found := summary(cell, before, closed)): continue
             state = '' if re.search(r'^#\|\s*code-fold\s*:', cell.source, re.M) else (
                 f"#| code-fold: {'true' if found[1] else 'show'}\n")
             cell.source = f'{state}#| code-summary: "{found[0]}"\n{cell.source}'
+        self.nb.cells = [part for cell in self.nb.cells for part in around(cell)]
 
 
 # Links from names
@@ -335,6 +353,13 @@ def used(cells):
     return own, other
 
 
+def drawn(text):
+    """A drawing that is a paragraph, as a figure whose caption is the first sentence of its
+    description. Pandoc alone would print the whole description as the caption."""
+    return re.sub(r'^!\[((.*?\.).*)\]\((\S*?([\w-]+)\.svg)\)$', r'![\2](\3){#fig-\4 fig-alt="\1"}',
+                  text, flags=re.M)
+
+
 class link(Processor):
     """Link a name in backticks to its documentation where it can mean nothing else: a class,
     `letkd.module.name`, or a function that the page itself imports or exports, unless its code has
@@ -358,7 +383,55 @@ class link(Processor):
         def one(m):
             to = m['name'] and self.address(m['name'].removesuffix('()'))
             return f'[{m[0]}]({to})' if to else m[0]
-        cell.source = re.sub(rf'{self.SKIPPED}|`(?P<name>[^`\n]+)`', one, cell.source, flags=re.M)
+        linked = re.sub(rf'{self.SKIPPED}|`(?P<name>[^`\n]+)`', one, cell.source, flags=re.M)
+        cell.source = drawn(linked)
+
+
+# Search
+
+def documented():
+    "(name, the same with its module, address, call and docstring) of each documented name"
+    library = get_config().lib_path
+    for path in sorted(library.rglob('*.py')):
+        module = '.'.join(path.relative_to(library.parent).with_suffix('').parts)
+        source = path.read_text(encoding='utf-8')
+        for node in defined(ast.parse(source).body):
+            name, call = patch_name(node), signature(node)
+            full = f'{module}.{name}'
+            if full in index() and says(node, source):
+                yield name, full, *index()[full], f'{call}\n{ast.get_docstring(node) or ""}'.strip()
+
+
+def escaped(text): return text.replace('<', '&lt;').replace('>', '&gt;')  # as Quarto's entries are
+
+
+def folded(page):
+    "The texts of the folds of a page that begin closed."
+    for part in re.findall(r'<details class="code-fold">(.*?)</details>', page, re.S):
+        yield escaped(html.unescape(re.sub('<[^>]*>', '', part)).strip())
+
+
+def findable(entries, folds):
+    """The entries of Quarto's search, one for each of its sections, without the texts `folds`; then
+    one for each documented name, which is its title, so that it comes first when it is typed."""
+    def shortened(text):
+        for fold in folds: text = text.replace(fold, '')
+        return re.sub(r'\s*\n\s*\n\s*', '\n', text)
+    page = lambda address: address.partition('#')[0]
+    crumbs = {page(entry['href']): entry.get('crumbs', []) for entry in entries}
+    names = [dict(objectID=address, href=address, title=name, section=full, text=escaped(text),
+                  crumbs=crumbs.get(page(address), []))
+             for name, full, address, text in documented()]
+    return [entry | dict(text=shortened(entry['text'])) for entry in entries] + names
+
+
+def improve_search(site):
+    "Rewrite the index of the site in this folder."
+    path = site/'search.json'
+    folds = [text for page in sorted(site.rglob('*.html'))
+             for text in folded(page.read_text(encoding='utf-8'))]
+    entries = findable(json.loads(path.read_text(encoding='utf-8')), folds)
+    path.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
 
 
 # The command
@@ -390,3 +463,4 @@ if __name__ == '__main__':
     else:
         from nbdev.quarto import nbdev_docs
         nbdev_docs(n_workers=0)  # without cells to run, one process will do
+        improve_search(get_config().doc_path)

@@ -16,13 +16,14 @@ from letkd import matching
 from letkd.checks import (check_term, function_checks, layer_checks, pictures,
                           supervision_checks, term_checks)
 from letkd.checks.layer import strict_world
-from letkd.distiller import DKD, KD, CrossEntropy, Setup, SupervisedLayer, Term
+from letkd.distiller import CrossEntropy, Setup, Term
 from letkd.fused import fused_kd_layer
 from letkd.layer import KDLayer
 from letkd.matching import DenseTarget, kd_layer, matching_scores, precise
 from letkd.prototypes import KernelPrototypes, KMeansPrototypes
 from letkd.subclasses import SubClasses
 from letkd.taps import stream
+from letkd.terms import DKD, KD, SupervisedLayer
 
 
 # Our own parts. The notebooks of the baselines check theirs.

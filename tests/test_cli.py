@@ -277,8 +277,8 @@ def test_reproduce_says_what_came_of_it(record, tmp_path, monkeypatch, capsys):
 
 OWN = """
 import letkd
-from letkd.distiller import KD
 from letkd.models.resnet import resnet
+from letkd.terms import KD
 
 @letkd.methods.register(ce=.5)
 def soft(setup, softness=2.):

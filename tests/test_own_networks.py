@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from letkd.checks import classifier
-from letkd.distiller import CrossEntropy, Distiller, KD, Term
+from letkd.distiller import CrossEntropy, Distiller, Term
 from letkd.fused import fused_kd_layer
 from letkd.layer import KDLayer, supervised
 from letkd.matching import DenseTarget
@@ -20,6 +20,7 @@ from letkd.models.folding import fold_teacher
 from letkd.runs.experiments import Experiment
 from letkd.runs.running import run
 from letkd.taps import capture
+from letkd.terms import KD
 
 FIRST, SECOND = ('layer1', 'layer1'), ('layer2', 'layer2')  # (student's tap, teacher's tap)
 SMALL = dict(num_prototypes=6, num_dims=3, per_class=2, num_negatives=8, neighbours=3, hint=FIRST,

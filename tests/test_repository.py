@@ -301,6 +301,26 @@ def test_lines_of_tests_fit_the_same_column(name):
     assert not long, f'lines of more than {WIDE} characters: {long}'
 
 
+def crowded(code):
+    "Lines with three statements or more; the head of a block does not count."
+    found = [node.lineno for node in ast.walk(code)
+             if isinstance(node, ast.stmt) and not hasattr(node, 'body')]
+    return sorted(line for line in set(found) if found.count(line) > 2)
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_lines_of_code_hold_two_statements_at_most(name):
+    lines = [f"{name}#{c['id']}: {bare(source).splitlines()[i - 1].strip()}"
+             for c, source in cells(name, 'code') for i in crowded(parsed(source))]
+    assert not lines, f'a line for each statement: {lines}'
+
+
+@pytest.mark.parametrize('name', TESTS)
+def test_lines_of_tests_hold_two_statements_at_most(name):
+    lines = crowded(ast.parse((ROOT/'tests'/name).read_text(encoding='utf-8')))
+    assert not lines, f'{name}: a line for each statement in lines {lines}'
+
+
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_figures_can_be_cited_and_read_aloud(name):
     figures = {c['id']: CAPTION.match(source) for c, source in cells(name, 'code')

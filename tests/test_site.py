@@ -1,4 +1,5 @@
-"""The pages as Quarto gets them: documentation, folds, links. Quarto itself is not needed."""
+"""The pages as Quarto gets them: documentation, folds, links; and the search as it leaves it.
+Quarto itself is not needed."""
 import ast
 import json
 import os
@@ -17,13 +18,23 @@ import readme
 from conftest import NBS, NOTEBOOKS, ROOT, copy_project
 
 
+FOLD = '<details class="code-fold">\n<summary>Tests</summary>\n<b>assert</b> a &lt; 1\n</details>'
+ENTRY = dict(objectID='matching.html', href='matching.html', title='The KD layer as a function',
+             section='', text='Begin.\n\n\nTests\nassert a &lt; 1\n\n\nSource\nassert a &lt; 1',
+             crumbs=['The story', 'The KD layer as a function'])
+
+
 @pytest.fixture(scope='module')
-def site(tmp_path_factory, files):
-    "notebook -> its cells as Quarto gets them"
+def built(tmp_path_factory, files):
+    "The project's folder after the command, where Quarto has made a single page."
     tree = copy_project(files, tmp_path_factory.mktemp('site'))
-    quarto = tree/'bin'/'quarto'  # in the place of Quarto, which would make pages of them
-    quarto.parent.mkdir()
-    quarto.write_text('#!/bin/sh\nmkdir -p _docs\n')
+    quarto = tree/'bin'/'quarto'  # in the place of Quarto, which would make pages of the notebooks
+    docs = tree/'bin'/'_docs'
+    docs.mkdir(parents=True)
+    (docs/'matching.html').write_text(FOLD + FOLD.replace('<details', '<details open=""')
+                                      .replace('Tests', 'Source'))
+    (docs/'search.json').write_text(json.dumps([ENTRY]))
+    quarto.write_text(f"#!/bin/sh\ncp -r '{docs}' .\n")
     quarto.chmod(0o755)
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     env['PATH'] = f"{quarto.parent}{os.pathsep}{env['PATH']}"
@@ -33,8 +44,14 @@ def site(tmp_path_factory, files):
     assert (tree/'_docs').is_dir(), done.stdout[-3000:]
     same = (tree/'README.md').read_bytes() == (ROOT/'README.md').read_bytes()
     assert same, 'nbdev has written README.md, which is of tests/readme.py'
+    return tree
+
+
+@pytest.fixture(scope='module')
+def site(built):
+    "notebook -> its cells as Quarto gets them"
     load = lambda path: json.loads(path.read_text(encoding='utf-8'))['cells']
-    out = tree/'_proc'
+    out = built/'_proc'
     return {p.relative_to(out).as_posix(): load(p) for p in out.rglob('*.ipynb')}
 
 
@@ -204,14 +221,22 @@ def test_what_is_folded():
     assert fold('#| code-summary: "Mine"\nimport os') is None, 'the notebook has said so'
 
 
+@pytest.mark.parametrize('folder, state', [('checks', 'true'), ('data', 'show')])
+def test_source_of_checks_is_folded(folder, state):
+    cell = pages.mk_cell('def f(x): return x')
+    cell.directives_ = dict(exports=[])
+    pages.fold(SimpleNamespace(cells=[cell], path_=f'nbs/{folder}/term.ipynb')).begin()
+    assert cell.source.startswith(f'#| code-fold: {state}\n#| code-summary: "Source"\n')
+
+
 @pytest.mark.parametrize('kind, words', [
     ('image/png', "The figure's code"), ('text/html', "The table's code"),
     ('text/plain', 'Code'), (None, 'Code')])
-def test_code_of_results_is_folded(kind, words):
+def test_code_of_results_and_checks_is_folded(kind, words):
     cell = pages.mk_cell('plot(records)')
     cell.directives_, cell.outputs = {}, [dict(data={kind: ''})] if kind else []
     assert pages.summary(cell, None) is None
-    assert pages.summary(cell, None, results=True) == (words, True)
+    assert pages.summary(cell, None, closed=True) == (words, True)
 
 
 def test_a_fold_of_the_notebook_stays_as_it_is():
@@ -219,6 +244,34 @@ def test_a_fold_of_the_notebook_stays_as_it_is():
     cell.directives_ = {}
     pages.fold(SimpleNamespace(cells=[cell], path_='nbs/solver.ipynb')).begin()
     assert cell.source == '#| code-summary: "Imports"\n#| code-fold: false\nimport os'
+
+
+def test_a_solution_is_folded_with_what_it_prints(site):
+    head = '#| code-fold: true\n#| code-summary: "Solution"\n'
+    quiet, loud = pages.mk_cell(head + 'x = 1'), pages.mk_cell(head + 'print(1)')
+    loud.outputs = [dict(output_type='stream', name='stdout', text='1\n')]
+    assert pages.around(quiet) == [quiet] and quiet.source == head + 'x = 1'
+    begin, inside, end = pages.around(loud)
+    assert inside is loud and loud.source == 'print(1)' and loud.outputs
+    assert begin.source.endswith('<summary>Solution</summary>') and end.source == '</details>'
+    for name, cells in site.items():
+        texts, open_ = [readme.text(c['source']) for c in cells], 0
+        for cell, text in zip(cells, texts):
+            open_ += (text == pages.BEGIN) - (text == '</details>')
+            said = 'code-summary: "Solution"' in text and cell.get('outputs')
+            assert open_ in (0, 1) and not said, name
+        assert not open_, name
+
+
+# Drawings
+
+def test_a_drawing_has_a_description_and_a_short_caption(site):
+    found = pages.drawn('Two nets.\n\n![Two nets. One is small.](../a/two-nets.svg)\n\nEnd.')
+    assert found == ('Two nets.\n\n![Two nets.](../a/two-nets.svg){#fig-two-nets '
+                     'fig-alt="Two nets. One is small."}\n\nEnd.')
+    for same in ('See ![a. b.](a.svg).', '![a. b.](a.png)'): assert pages.drawn(same) == same
+    for name in ('index.ipynb', '01_distillation.ipynb'):
+        assert '(images/letkd.svg){#fig-letkd fig-alt="' in page(site[name]), name
 
 
 # Links
@@ -248,6 +301,27 @@ def test_links_to_names_lead_to_their_documentation(site, name):
         assert re.search(rf'^#+ {re.escape(anchor)}$', text, re.M | re.I), f'{word} leads to {to}'
 
 
+# Search
+
+def test_each_documented_name_is_found_by_itself(site):
+    "By its name alone; the hit leads to the page that documents it."
+    entries = pages.findable([ENTRY], [])[1:]
+    address = lambda name: re.sub(r'(^|/)\d+_', r'\1', name).replace('.ipynb', '.html')
+    headings = [(address(name), title) for name, cells in site.items() for title
+                in re.findall(r'^###?# ([\w.]+)\n\n\[source\]', page(cells), re.M)]
+    assert sorted((e['href'].partition('#')[0], e['title']) for e in entries) == sorted(headings)
+    layer = next(e for e in entries if e['section'] == 'letkd.matching.kd_layer')
+    assert layer['title'] == 'kd_layer' and layer['crumbs'] == ENTRY['crumbs']
+    assert layer['href'] == 'matching.html#kd_layer'
+    assert layer['text'].startswith('kd_layer(\n    x: Tensor, ') and '-&gt; tuple' in layer['text']
+
+
+def test_closed_code_is_not_searched(built):
+    first, *names = json.loads((built/'_docs'/'search.json').read_text(encoding='utf-8'))
+    assert first == ENTRY | dict(text='Begin.\nSource\nassert a &lt; 1')
+    assert 'kd_layer' in [e['title'] for e in names]
+
+
 # The site's own files
 
 def test_files_of_the_site():
@@ -255,8 +329,11 @@ def test_files_of_the_site():
     html, site = config['format']['html'], config['website']
     assert html['respect-user-color-scheme'] is True
     assert int(html['grid']['body-width'].removesuffix('px')) >= 960, 'room for 100 columns of code'
-    for name in (site['favicon'], site['image'], '404.qmd', html['css']):
+    assert config['image'].startswith('/'), 'what is relative is looked for beside each page'
+    for name in (site['favicon'], config['image'][1:], '404.qmd', html['css']):
         assert (NBS/name).stat().st_size < 60_000, name
+    bar = [entry['href'] for side in ('left', 'right') for entry in site['navbar'].get(side, ())]
+    assert all('://' in to for to in bar), 'Quarto would mark a page as the current one everywhere'
 
 
 def brightness(colour):
@@ -266,15 +343,34 @@ def brightness(colour):
     return sum(w * c for w, c in zip((.2126, .7152, .0722), parts))
 
 
-@pytest.mark.parametrize('theme, ground', [('light', '#ffffff'), ('dark', '#222222')])
+def contrast(*colours):
+    low, high = sorted(map(brightness, colours))
+    return (high + .05) / (low + .05)
+
+
+# The grounds of a page in the themes cosmo and darkly; #434343 is the bar on a telephone.
+GROUNDS = ('light', '#ffffff'), ('dark', '#222222'), ('dark', '#434343')
+
+
+@pytest.mark.parametrize('theme, ground', GROUNDS)
 def test_links_can_be_read(theme, ground):
-    "4.5:1 on the background of the theme, cosmo or darkly."
+    "4.5:1 on the background of the theme."
     css = (NBS/'styles.css').read_text(encoding='utf-8')
     colours = re.findall(r'--\w+: (#\w{6})', re.search(rf'body\.quarto-{theme} *{{(.*?)}}', css)[1])
     assert len(colours) == 2
-    for colour in colours:
-        low, high = sorted([brightness(colour), brightness(ground)])
-        assert (high + .05) / (low + .05) >= 4.5, colour
+    for colour in colours: assert contrast(colour, ground) >= 4.5, colour
+
+
+@pytest.mark.parametrize('what, colour, ground', [  # of the themes
+    ('details > summary', '#6c757d', '#222222'), ('.nav-page a', '#6c757d', '#222222'),
+    ('.quarto-page-breadcrumbs a', '#6c757d', '#222222'),
+    ('.quarto-secondary-nav a', '#adadad', '#434343'),
+    ('#quarto-back-to-top', '#6c757d', '#222222'), ('figcaption', '#6d7a86', '#ffffff')])
+def test_what_the_themes_write_too_pale_is_quiet(what, colour, ground):
+    assert contrast(colour, ground) < 4.5
+    css = (NBS/'styles.css').read_text(encoding='utf-8')
+    names = re.search(r'([^{}/]*){ color: var\(--quiet\) !important; }', css)[1]
+    assert what in re.split(r',\s*', names.strip())
 
 
 def test_titles_differ(site):

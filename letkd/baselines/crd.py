@@ -29,6 +29,7 @@ def nce(scores: Tensor, # B x (1+K), v.w / tau; the own image's first
     return (F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)).mean()
 
 # %% ../../nbs/baselines/crd.ipynb #01bfc337
+# not in `letkd.runs.processes`: terms know nothing of runs, which are made of them
 def _from_all(x: Tensor) -> Tensor: # the rows of every process, this one's alone where there is one
     if not (dist.is_available() and dist.is_initialized()): return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -69,7 +70,9 @@ def forward(self: Bank,
 # %% ../../nbs/baselines/crd.ipynb #a3ef49d7
 @patch
 @torch.no_grad()
-def update(self: Bank, index: Tensor, v: Tensor): # B places in the training set; B x D
+def update(self: Bank, index: Tensor, # B places in the training set
+           v: Tensor,                 # B x D
+          ):
     index, v = _from_all(index), _from_all(v)
     self.known[index] = unit(self.momentum * self.known[index] + (1 - self.momentum) * v)
 

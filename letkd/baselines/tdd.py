@@ -17,10 +17,11 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.neighbors import KNeighborsClassifier
 
 from .at import STAGES, split_pairs
-from ..distiller import KD, Batch, Maps, Setup, Term
+from ..distiller import Batch, Maps, Setup, Term
 from ..matching import precise
 from ..prototypes import Supervision, checked, one_thread, sample
 from ..taps import rows, stream
+from ..terms import KD
 
 # %% ../../nbs/baselines/tdd.ipynb #36550a90
 def merge(means: np.ndarray # Y x C
@@ -31,7 +32,8 @@ def merge(means: np.ndarray # Y x C
     return fitted.children_, fitted.distances_
 
 # %% ../../nbs/baselines/tdd.ipynb #bbac74f2
-def members(joined) -> list: # (Y-1) x 2 -> for each node, classes and mergers, its classes
+def members(joined,  # (Y-1) x 2, of `merge`
+           ) -> list: # for each node, classes and mergers, its classes
     "The classes below each node."
     sets = [[y] for y in range(len(joined) + 1)]
     for a, b in joined: sets.append(sets[a] + sets[b])

@@ -37,7 +37,9 @@ class Predictor(nn.Module):
     @property
     def variance(self) -> Tensor: return F.softplus(precise(self.raw)) + self.eps # v, C_t
 
-    def forward(self, s: Tensor, t: Tensor) -> Tensor: # N x C_s and N x C_t; N x C_t
+    def forward(self, s: Tensor, # N x C_s
+                t: Tensor,       # N x C_t
+               ) -> Tensor:      # N x C_t
         "Negative log-likelihood without its constant (equation 2)."
         error = (precise(t) - precise(self.mean(s))).square()
         return (error / self.variance + self.variance.log()) / 2

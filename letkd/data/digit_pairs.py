@@ -325,9 +325,9 @@ PRESETS = dict(demo=Preset(16, 20_000, 4_000, 5_000), paper=Preset(32, 50_000, 5
 CLASSES = tuple(f'{i:02d}' for i in range(100))  # '37': a 3 on the left, a 7 on the right
 
 # %% ../../nbs/data/digit_pairs.ipynb #5cdfd93e
-def _known(name, value, known):
+def _known(name, value, known): # worded as `letkd.models.imports.nearest`, which imports data
     if value not in known:
-        raise ValueError(f'unknown {name} {value!r}: known are {", ".join(map(repr, known))}')
+        raise ValueError(f'{name}: found {value!r}; known: {", ".join(known)}')
 
 def _whole(name, value, lo, hi):
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not lo <= value <= hi:

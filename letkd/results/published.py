@@ -223,6 +223,9 @@ def _study(name: str
     kind, _, short = name.rpartition('/')
     kinds = dict(ablation=ABLATIONS, claims=CLAIMS)
     if short in kinds.get(kind, ()): return kinds[kind][short], short
+    if name == 'ablation/cost':
+        raise ValueError('study: ablation/cost has no runs, it is measured: letkd sweep '
+                         'ablation/cost, or letkd.results.probes.layer_costs')
     if kind or not len(published(name)):
         studies = [*published().dataset.unique(), *(f'ablation/{a}' for a in (*ABLATIONS, 'cost')),
                    *(f'claims/{c}' for c in CLAIMS)]

@@ -239,7 +239,8 @@ def _spread(mean: float, sd: float) -> str: # in percent
     if pd.isna(mean): return ''
     return f'{mean:.1f}' + ('' if pd.isna(sd) else f' ± {sd:.1f}')
 
-def label(row: pd.Series) -> str: # of `summary`
+def label(row: pd.Series, # of `summary`
+         ) -> str:        # its method, and its options as `summary` has them
     "How the table names a row."
     return f'{row.method} {row.options}'.strip()
 

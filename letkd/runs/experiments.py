@@ -303,7 +303,8 @@ def _identity(e: Experiment) -> dict: # what identifies its data, instead of the
     return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
 
 # %% ../../nbs/runs/experiments.ipynb #193d6386
-def digest(value) -> str: # of anything that JSON can hold; 64 hexadecimal digits
+def digest(value,    # anything that JSON can hold
+          ) -> str: # 64 hexadecimal digits
     "SHA-256 of a value's JSON, keys sorted."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

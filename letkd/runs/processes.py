@@ -47,7 +47,8 @@ def joined(device: Optional[str] = None): # 'cpu', 'cuda', or None: CUDA if ther
     dist.destroy_process_group()  # not after an error, when the others may be gone
 
 # %% ../../nbs/runs/processes.ipynb #7a10c013
-def agreed(make: Callable) -> Any: # () -> value, called by the first process alone
+def agreed(make: Callable, # () -> value, called by the first process alone
+          ) -> Any:        # the same in all processes
     "The value that `make` returns in the first process, in all of them."
     if processes() == 1: return make()
     said = [None, False]

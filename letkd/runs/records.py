@@ -159,7 +159,8 @@ _FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_sp
                top1_last=float, top1_best=float, epoch_best=int,
                top5_last=float, seconds=float, parameters=int, settings=dict) # of every record
 
-def read_record(path) -> dict: # a record.json
+def read_record(path,     # of a record.json
+               ) -> dict: # what is in it
     "Read a run's record; the error for another file says why it is none."
     record = read_json(path)
     if missing := set(_FIELDS) - set(record):
@@ -184,7 +185,9 @@ def _flat(record: dict) -> dict:
     return ({k: record.get(k) for k in _CONDITIONS} | record.get('versions', {})
             | record.get('imported', {}))
 
-def differences(record: dict, again: dict) -> list: # two records; returns lines, 'what: one, other'
+def differences(record: dict, # of a run
+                again: dict,  # of a run with the same settings
+               ) -> list:     # of lines, 'what: one, now the other'
     "The conditions in which two records differ, as far as they tell."
     one, other = _flat(record), _flat(again)
     found = [f'{k}: {one[k]}, now {other.get(k)}'

@@ -117,7 +117,7 @@ def _form(path: Path, bytes_: bool = False) -> tuple: # (writer, reader)
         try: importlib.import_module(name)
         except ImportError:
             raise ImportError(f'{path}: {path.suffix} needs {name}, which is not installed; '
-                              "pip install 'letkd[onnx]'") from None
+                              "pip install '.[onnx]' in the repository") from None
     if bytes_ and path.suffix == '.safetensors':
         raise ValueError(f'{path}: found images of bytes; weights normalise nothing, give '
                          'images as the student takes them, or choose .pt2, .onnx or .ts')

@@ -271,7 +271,9 @@ def rest(self: Training) -> Iterator: # of batches
                          'that can be read anew in each epoch')
 
 @patch
-def wish(self: Training, own: int) -> int: # 0: none; 1: a checkpoint; else a signal's number
+def wish(self: Training,
+         own: int, # of this process; 0: none, 1: a checkpoint, else a signal's number
+        ) -> int:  # of all processes, likewise
     """What the processes agree to do, when they synchronise: at each step on the CPU, every 50
     steps on an accelerator."""
     if processes() > 1 and self.meter.seen < self.meter.step: return 0
