@@ -263,7 +263,11 @@ def test_reproduce_says_what_came_of_it(record, tmp_path, monkeypatch, capsys):
     reproduce = lambda out: main(['reproduce', str(path), '--out', str(tmp_path/out)])
     for change, code, says in (({}, 0, 'equal to the last bit'),
                                (dict(student_hash='0' * 64), 2, 'nothing that the records say'),
-                               (dict(student_hash='0' * 64, threads=64), 0, 'threads: 64, now')):
+                               (dict(student_hash='0' * 64, threads=64), 0, 'threads: 64, now'),
+                               (dict(student_hash='0' * 64, instructions='SVE'), 0,
+                                'instructions: SVE, now'),
+                               (dict(student_hash='0' * 64, instructions=None), 0,
+                                'instructions: not in the older record, now')):
         path.write_text(json.dumps(known | change))
         assert reproduce('new') == code
         said = capsys.readouterr()

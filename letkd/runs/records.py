@@ -178,8 +178,8 @@ def read_record(path,     # of a record.json
     return record
 
 # %% ../../nbs/runs/records.ipynb #21a00005
-_CONDITIONS = ('device', 'threads', 'processes', 'deterministic', 'system', 'commit', 'data_hash',
-               'teacher_hash')
+_CONDITIONS = ('device', 'instructions', 'threads', 'processes', 'deterministic', 'system', 'commit',
+               'data_hash', 'teacher_hash')
 
 def _flat(record: dict) -> dict:
     return ({k: record.get(k) for k in _CONDITIONS} | record.get('versions', {})
@@ -192,6 +192,8 @@ def differences(record: dict, # of a run
     one, other = _flat(record), _flat(again)
     found = [f'{k}: {one[k]}, now {other.get(k)}'
              for k in one if one[k] is not None and one[k] != other.get(k)]
+    if again.get('instructions') and not record.get('instructions'):
+        found.append(f"instructions: not in the older record, now {again['instructions']}")
     if record.get('dirty') or again.get('dirty'):
         found.append('the tree had changes that are in no commit')
     if not (record.get('steady', True) and again.get('steady', True)):

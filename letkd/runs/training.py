@@ -152,9 +152,10 @@ def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
 def conditions(device: torch.device) -> dict: # of a run
     "What the exact bits of a run depend on, besides its state."
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    cpu = {'instructions': torch.backends.cpu.get_cpu_capability()} if device.type == 'cpu' else {}
     # the user's files with methods and networks
     own = dict(imported=found) if (found := versions()) else {}
-    return dict(device=name, threads=torch.get_num_threads(), processes=processes(),
+    return dict(device=name, **cpu, threads=torch.get_num_threads(), processes=processes(),
                 torch=str(torch.__version__), **own)
 
 def _processor() -> str:
