@@ -178,8 +178,8 @@ def read_record(path,     # of a record.json
     return record
 
 # %% ../../nbs/runs/records.ipynb #21a00005
-_CONDITIONS = ('device', 'instructions', 'threads', 'processes', 'deterministic', 'system', 'commit',
-               'data_hash', 'teacher_hash')
+_CONDITIONS = ('device', 'instructions', 'threads', 'processes', 'deterministic', 'system',
+               'commit', 'data_hash', 'teacher_hash')
 
 def _flat(record: dict) -> dict:
     return ({k: record.get(k) for k in _CONDITIONS} | record.get('versions', {})
