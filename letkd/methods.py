@@ -104,14 +104,19 @@ def _take(name: str):
 # %% ../nbs/methods.ipynb #ee8fd410
 def addends(method: str) -> list: # the functions of METHODS, none for 'ce'
     "The parts of a name such as 'letkd2+kd'."
-    names = [] if method == 'ce' else method.split('+')
-    for name in names:
+    names = method.split('+')
+    others = [name for name in names if name != 'ce']
+    for name in others:
         if name not in METHODS and name in installed(): _take(name)
         if name not in METHODS:
             raise nearest(f'part of {method}' if name != method else 'method', name,
                           ['ce', *METHODS, *installed()], OWN)
     if len(set(names)) < len(names): raise ValueError(f'method {method!r}: found a part twice')
-    return [METHODS[name] for name in names]
+    rest = '+'.join(others)
+    if others and 'ce' in names and rest not in WEIGHTS:
+        raise ValueError(f'method {method!r}: cross-entropy has weight 1 in {rest} already; '
+                         f'expected {rest!r}')
+    return [METHODS[name] for name in others]
 
 def method_options(method: str) -> dict: # {name: default}
     "What can be set for a method: the arguments of its parts."

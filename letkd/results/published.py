@@ -190,13 +190,13 @@ ABLATIONS = dict(
 # %% ../../nbs/results/published.ipynb #636c6102
 _SHORT = dict(epochs=20, teacher_epochs=60, schedule='one-cycle', lr=.1, num_prototypes=1024,
               num_templates=1024)
-_EIGHT = ('resnet20-resnet8',)
+_EIGHT, _WIDE = ('resnet20-resnet8',), ('resnet20-resnet8x1.55',)
 CLAIMS = dict(
     main=Study('is letKD better than KD, than its parts, than a larger student', _EIGHT,
                ('student', 'kd', 'quest', 'letkd1', 'letkd2', 'layer2', 'layer2+kd'),
                settings=_SHORT),
     wide=Study("KD into a wider plain student of as many multiply-adds as letKD-2's",
-               ('resnet20-resnet8x1.55',), ('student', 'kd'), settings=_SHORT),
+               _WIDE, ('student', 'kd'), settings=_SHORT),
     methods=Study('is it the best of all methods', _EIGHT, ('dkd', 'sp', 'simkd', 'letkd2+kd'),
                   settings=_SHORT),
     embedding=Study('does the embedding count, and do both places', _EIGHT,
@@ -213,6 +213,9 @@ CLAIMS = dict(
                      settings=_SHORT),
     long=Study('does the order hold where everything has more time', _EIGHT,
                ('kd', 'letkd1', 'letkd2'), settings=_SHORT | dict(epochs=60)),
+    weights=Study('KD with the weights that it has in a sum', (*_EIGHT, *_WIDE), ('ce+kd',),
+                  settings=_SHORT),
+    layer=Study("letKD-1's layer without supervision", _EIGHT, ('layer',), settings=_SHORT),
     published=Study('the published recipe, all of it', ('resnet56-resnet20',),
                     ('student', 'kd', 'quest', 'letkd1', 'letkd2')),
 )
