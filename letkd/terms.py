@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .distiller import Batch, Maps, Setup, Term
+from .distiller import Batch, Maps, Setup, Term, check_share
 from .layer import KDLayer
 from .matching import precise
 from .prototypes import KernelPrototypes, KMeansPrototypes, Supervision
@@ -80,6 +80,7 @@ class DKD(Term):
                  warmup: float = 20 / 240,
                 ):
         super().__init__('dkd')
+        check_share('warmup', warmup)
         self.alpha, self.beta = alpha, beta
         self.temperature, self.warmup, self.timed = temperature, warmup, warmup > 0
 

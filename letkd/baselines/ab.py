@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .at import STAGES, split_pairs
 from .fsp import is_over
-from ..distiller import Batch, Maps, Setup, Term
+from ..distiller import Batch, Maps, Setup, Term, check_share
 from ..matching import precise
 from ..taps import capture, evaluating, grid_of, resolve, rows
 
@@ -83,6 +83,7 @@ class ActivationBoundary(Term):
                  weight: float = 1., # factor in the total loss
                 ):
         super().__init__('ab', weight, *split_pairs(stages))
+        check_share('alone', alone)
         self.connectors, self.alone, self.margin = nn.ModuleList(connectors), alone, margin
         self.timed = alone < 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .at import STAGES, paired_rows, split_pairs
-from ..distiller import Batch, Maps, Setup, Term
+from ..distiller import Batch, Maps, Setup, Term, check_share
 from ..matching import precise
 
 # %% ../../nbs/baselines/fsp.ipynb #588cce85
@@ -40,6 +40,7 @@ class Flow(Term):
                  weight: float = 1.,      # factor in the total loss
                 ):
         super().__init__('fsp', weight, *split_pairs(stages))
+        check_share('alone', alone)
         self.alone, self.timed = alone, alone < 1
         if len(stages) < 2:
             raise ValueError(f'fsp: found one stage {stages}; a flow needs two at least')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'files_below', 'download', 'md5_of', 'fetch',
-           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'read_json']
+           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
 import errno, glob, hashlib, io, json, math, os, pickletools, re
@@ -284,6 +284,17 @@ def read_tensors(path,             # a safetensors file
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as e:
         raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
+
+def tensors_hash(named # (name, tensor or array) pairs; their order counts
+                ) -> str: # 64 hexadecimal digits
+    "SHA-256 of tensors and their names."
+    found = hashlib.sha256()
+    for name, value in named:
+        if torch.is_tensor(value):
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(name.encode())
+        found.update(value)
+    return found.hexdigest()
 
 # %% ../../nbs/data/files.ipynb #f64f8c57
 def _finite(text) -> float: # NaN, Infinity, 1e999 are refused

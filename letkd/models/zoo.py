@@ -16,7 +16,7 @@ from typing import Callable, Optional
 import torch
 from torch import nn
 
-from ..data.files import Pickled, read_tensors, read_torch
+from ..data.files import Pickled, read_tensors, read_torch, tensors_hash
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import own_names, own_network, timm_network, torchvision_names
@@ -136,13 +136,24 @@ def _quantised(state): # the names of its entries that are
             or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
+def _about(path) -> dict: # what `letkd.runs.records.save_module` has written about a file
+    try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
+    except (ValueError, RecursionError): return {}
+    return about if isinstance(about, dict) else {}
+
 def read_checkpoint(
     path: str | Path # `.safetensors`, or a file written by `torch.save`, of any name
 ) -> dict:           # name -> tensor on the CPU
     "The state dict in a checkpoint of the field, under plain names."
     path = Path(path)
-    try: found = read_tensors(path)[0] if path.suffix == '.safetensors' else read_torch(path)
-    except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
+    if path.suffix == '.safetensors':
+        found, _ = read_tensors(path)
+        said = _about(path).get('by_name')
+        if said and said != (sum := tensors_hash(sorted(found.items()))):
+            raise ValueError(f'{path}: the file is damaged: found SHA-256 {sum}; expected {said}')
+    else:
+        try: found = read_torch(path)
+        except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
     state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
     if few := _quantised(state):
         raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the '
@@ -322,10 +333,9 @@ def load_weights(
 def _said(path) -> tuple:
     "({KD layer's path: its alpha}, {path of what was inserted: its layout}), if the file says so."
     if Path(path).suffix != '.safetensors': return {}, {}
-    try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
-    except (ValueError, RecursionError): return {}, {}
+    about = _about(path)
     def table(key, fits):
-        found = about.get(key) if isinstance(about, dict) else None
+        found = about.get(key)
         return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}
     return (table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30),
             table('layout', lambda v: isinstance(v, str) and len(v) < 40))

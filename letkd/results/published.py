@@ -65,7 +65,8 @@ def _ours(frame: pd.DataFrame, dataset: str, recipe: str) -> pd.DataFrame:
     columns = ['pair', 'method', 'metric', *_NUMBERS]
     if frame.empty: return pd.DataFrame(columns=columns).astype({k: float for k in _NUMBERS})
     fair = frame[(frame.dataset == dataset) & (frame.split == 'test') & (frame.n > 0)]
-    fair = fair[(fair.teacher != '') & (fair.options == '') & (fair.note == '')]
+    fair = fair[(fair.teacher != '') & (fair.options == '')
+                & ~fair.note.str.contains('Not known here')]
     fair = fair.assign(pair=fair.teacher + '-' + fair.student)
     fair = fair[[row.settings == _recipe_words(dataset, row.pair, row.method, recipe)
                  for row in fair.itertuples()]]
@@ -269,6 +270,9 @@ def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd'
     everything = set().union(*(_known(method) for _, method, _ in rows))
     if unknown := set(settings) - everything: raise nearest('setting', min(unknown), everything)
     about, _ = _study(name)
+    own = [{o.split('=')[0] for o in options.split(', ')} for *_, options in rows]
+    if fixed := set(settings).intersection(*own):
+        raise ValueError(f'{min(fixed)}: every row of {name} has its own; expected another setting')
     if about: settings = about.settings | settings
     return [(their, method, options.strip(),
              _experiment(f'{where}/{pair or their}/{method}', method, options, settings, recipe))

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from ..data.files import files_below
-from ..runs.experiments import _SHARED, Experiment, _check_fields, _network, _settings
+from ..runs.experiments import (_DATA, _SHARED, Experiment, _check_fields, _network,
+                                    _settings)
 from ..runs.recipes import DATASETS
 from ..runs.records import _tuples, experiment_of, read_record
 from ..methods import addends
@@ -50,7 +51,11 @@ def changed(self: Stranger) -> dict: # {setting: value} unlike the recipe's, and
 
 def shown(record: dict # as `read_record` returns it
          ) -> Experiment: # or a `Stranger`
-    "The experiment that made a record, even if its names are unknown here."
+    """The experiment that made a record, even if its names are unknown here; data at a path are
+    named by what was there, since the path says little."""
+    if path := record['settings'].get('data'):
+        told = f"{Path(str(path)).name} {record.get('data_hash', '')[:8]}".strip()
+        record = dict(record, settings=dict(record['settings'], data=told))
     try: return experiment_of(record)
     except (ValueError, ImportError) as error:
         try: return Stranger(**_tuples(record['settings']))
@@ -166,8 +171,11 @@ def summary(records: list # of `read_records`
     pairs = {}
     for e, runs in groups.items():
         if e.teacher: pairs.setdefault(_pair(e), {})[e] = runs
-    used = {x for pair in pairs for x in (_alone(pair), _taught(pair))}
-    pairs |= {e: {} for e in plain if e not in used}
+    used = {}  # {experiment: the seeds that a pair shows}
+    for pair in pairs:
+        used.setdefault(_alone(pair), set()).update(plain.get(_alone(pair), ()))
+        if not pair.teacher_checkpoint: used.setdefault(_taught(pair), set()).add(pair.teacher_seed)
+    pairs |= {e: {} for e, runs in plain.items() if runs.keys() - used.get(e, ())}
     return pd.DataFrame([row for pair, members in pairs.items()
                          for row in _table(_rows(pair, members, plain), pair)])
 
@@ -188,9 +196,23 @@ def _note(e: Experiment, files: dict) -> str: # unknown names; files: imported b
     said = f'Not known here: {", ".join(found)}.'
     return said + f' The record was made with --import {" ".join(files)}.' if files else said
 
-def _notes(runs: dict, pair: Experiment) -> str: # of a row, one a line
+def _notes(runs: dict, pair: Experiment, row: str, first: dict
+          ) -> str: # of a row, one a line; first: a record of the table
     found = [_note(shown(run), run.get('imported', {})) for run in runs.values()]
+    found += [f'{row}: seed {seed} was made with other {what} than {first["name"]} seed '
+              f'{first["seed"]}, by the hashes in their records.'
+              for seed, run in runs.items() for what in _unlike(first, run)]
     return '\n'.join(dict.fromkeys(filter(None, found or [_note(pair, {})])))
+
+# {name: (the hash of it, the settings that decide it)}
+_MADE_OF = dict(teachers=('teacher_hash', [k for k in _DEFAULT if k.startswith('teacher')]),
+                images=('data_hash', ['dataset', *_DATA]))
+
+def _unlike(a: dict, b: dict) -> list: # of names, where two records should have the same hash
+    said = lambda record, keys: [record.get('settings', {}).get(key) for key in keys]
+    return [what for what, (key, settings) in _MADE_OF.items()
+            if a.get(key) and b.get(key) and a[key] != b[key]
+            and said(a, settings) == said(b, settings)]
 
 # %% ../../nbs/results/tables.ipynb #c4429e3f
 def _gain(runs: dict, alone: dict) -> float: # {seed: record}, both
@@ -200,12 +222,13 @@ def _gain(runs: dict, alone: dict) -> float: # {seed: record}, both
 def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row of the frame
     about = dict(dataset=pair.dataset, teacher=pair.teacher or '', student=pair.student,
                  split=pair.eval_split, settings=unusual(pair)[0])
-    table = [dict(about, method=method, options=options, note=_notes(runs, pair),
-                  **_measured(list(runs.values())))
+    every = [run for *_, runs in rows for run in runs.values()]
+    first = next((run for run in every if run.get('teacher_hash')), (every or [{}])[0])
+    table = [dict(about, method=method, options=options, **_measured(list(runs.values())),
+                  note=_notes(runs, pair, f'{method} {options}'.strip(), first))
              for method, options, runs in rows]
     alone = next((runs for method, _, runs in rows if method == 'student'), {})
-    taught = [r['teacher_top1'] for *_, runs in rows for r in runs.values()
-              if r.get('teacher_top1')]
+    taught = [run['teacher_top1'] for run in every if run.get('teacher_top1')]
     for row, (*_, runs) in zip(table, rows):
         if row['method'] == 'teacher' and not row['n'] and taught:  # no run of it
             row |= dict(n=1, top1_last=taught[0], top1_values=taught[:1])
@@ -213,6 +236,15 @@ def _table(rows: list, pair: Experiment) -> list: # of dicts, one for each row o
     return table
 
 # %% ../../nbs/results/tables.ipynb #70616973
+def _check_like(records: list, others: list): # of two rows
+    for key in ('dataset', 'eval_split'):
+        if len(found := {r.get(key) for r in (*records, *others)} - {None}) > 1:
+            raise ValueError(f'paired: found {" and ".join(sorted(found))}; expected one {key}')
+    for a, b in ((a, b) for a in records for b in others if a['seed'] == b['seed']):
+        if unlike := _unlike(a, b):
+            raise ValueError(f"paired: found different {' and '.join(unlike)} in seed {a['seed']}, "
+                             'by the hashes in the records; expected the same')
+
 def paired(records: list, # of one row, see `read_records`
            others: list,  # of the row to compare with
            value: str = 'top1_last', # what is compared
@@ -227,6 +259,7 @@ def paired(records: list, # of one row, see `read_records`
         if len(found) < len(rows) or len(kinds) > 1:
             raise ValueError(f'paired: found {len(rows)} records of {len(found)} seeds and '
                              f'{len(kinds)} rows; expected the records of one row, each seed once')
+    _check_like(records, others)
     seeds = sorted(ours.keys() & theirs.keys())
     d = pd.Series([ours[s] - theirs[s] for s in seeds], index=seeds, dtype=float)
     quantile = student_t.ppf((1 + level) / 2, len(d) - 1) if len(d) > 1 else nan

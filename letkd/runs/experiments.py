@@ -107,6 +107,8 @@ def _check_fields(e: Experiment):
     for key, known in dict(schedule=SCHEDULES, eval_split=('train', 'valid', 'test'),
                            padding=PADDINGS, teacher_recipe=RECIPES).items():
         if getattr(e, key) not in known: raise nearest(key, getattr(e, key), known)
+    if e.teacher_checkpoint == '':
+        raise _misfit('teacher_checkpoint', '', 'a file, or None: the teacher is trained here')
     if not all(_fits(m, float) and 0 <= m <= 1 for m in e.milestones):
         raise _misfit('milestones', e.milestones, 'shares of the epochs, 0 .. 1')
     for key in ('penultimate', 'intermediate'):
@@ -127,8 +129,10 @@ def _check_options(e: Experiment, known: dict): # {option: default}
             raise _misfit(key, value, 'at least 1')
         if re.search('tau|temperature', key) and value <= 0:
             raise _misfit(key, value, 'a positive temperature')
+        if key.endswith('weight') and value < 0:
+            raise _misfit(key, value, 'at least 0: a loss with a negative weight is maximised')
     floats = {k: float(v) for k, v in e.options.items() if type(known[k]) is float}
-    object.__setattr__(e, 'options', dict(e.options, **floats))
+    object.__setattr__(e, 'options', known | e.options | floats)
 
 # %% ../../nbs/runs/experiments.ipynb #87517e43
 _NORMALISATIONS = {'imagenet': (Photos.mean, Photos.std)}  # of pixels from 0 to 1
@@ -173,6 +177,10 @@ def _check_data(e: Experiment):
     elif e.data is not None:
         raise ValueError(f'data: found {e.data!r:.80}; expected None, {e.dataset} has a place of '
                          'its own; did you mean folder/…?')
+    for key in DATASETS[e.dataset].unread:
+        if getattr(e, key) != getattr(Experiment, key):
+            raise ValueError(f'{key}: found {getattr(e, key)}, which changes nothing about the '
+                             f'images of {e.dataset}; expected {getattr(Experiment, key)}')
 
 def _check(e: Experiment):
     _check_fields(e)

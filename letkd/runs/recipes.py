@@ -32,6 +32,7 @@ class DataSet:
     pairs: dict = field(default_factory=dict)
     # path -> text that identifies the data there; None: the set has a fixed place
     identity: Optional[Callable] = None
+    unread: tuple = () # fields of `Experiment` that mean nothing to `load`; setting one is an error
 
 def _digit_pairs(e, split: str):
     size = e.train_size if split == 'train' else None
@@ -72,6 +73,7 @@ _DKD_PHOTOS = {pair: dict(dkd=dict(dkd_beta=beta, temperature=1., warmup=1 / 100
 _TDD = dict(tdd=dict(stages=tuple((f'layer{i}', f'layer{i}.2.bn2') for i in (1, 2, 3))))
 
 # %% ../../nbs/runs/recipes.ipynb #70f5edcd
+_SIZE = 'resolution', 'difficulty' # settings of images that are made or resized
 DATASETS = {
     'digit_pairs': DataSet(_digit_pairs,
                            dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2,
@@ -79,20 +81,20 @@ DATASETS = {
                                 augment=False, amp=True, options=dict(num_prototypes=256))),
     'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True)),
     'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True),
-                       students=_MOBILE),
+                       students=_MOBILE, unread=_SIZE),
     'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), students=_MOBILE,
                         pairs=_DKD | {'resnet56-resnet20': _DKD['resnet56-resnet20'] | _TDD,
-                                      'resnet50-mobilenetv2': _alphas(.1, .2)}),
+                                      'resnet50-mobilenetv2': _alphas(.1, .2)}, unread=_SIZE),
     'tiny_imagenet': DataSet(_tiny, {}, Augment(pad=0, flip=True, rotate=20), students=_MOBILE,
                              pairs={'resnet56-resnet20': _TDD,
-                                    'resnet50-mobilenetv2': _alphas(.5, 1.)}),
+                                    'resnet50-mobilenetv2': _alphas(.5, 1.)}, unread=_SIZE),
     'imagenet': DataSet(_published(imagenet, 'resolution'),
                         dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
                              batch_size=256, weight_decay=1e-4,
                              teacher_checkpoint='IMAGENET1K_V1'),
-                        ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS),
+                        ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS, unread=('difficulty',)),
     'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True),
-                      folder_batches, _MOBILE, identity=folder_identity),
+                      folder_batches, _MOBILE, identity=folder_identity, unread=('difficulty',)),
 }
 
 # %% ../../nbs/runs/recipes.ipynb #4eba354d

@@ -7,7 +7,7 @@ __all__ = ['weights_hash', 'save_module', 'load_module', 'cached', 'environment'
            'differences', 'compare', 'experiment_of']
 
 # %% ../../nbs/runs/records.ipynb #72656303
-import hashlib, json, platform, subprocess, time
+import json, platform, subprocess, time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Callable
@@ -18,9 +18,8 @@ from safetensors.torch import save
 
 # %% ../../nbs/runs/records.ipynb #72656304
 import letkd
-from ..data.files import atomic, read_json, read_tensors
+from ..data.files import atomic, read_json, read_tensors, tensors_hash
 from ..layer import KDLayer
-from ..methods import method_options
 from .checkpoints import locked
 from .experiments import Experiment, _fits, _misfit, digest
 from .processes import agreed
@@ -28,18 +27,9 @@ from .training import Training, conditions
 from ..taps import Placed
 
 # %% ../../nbs/runs/records.ipynb #8a94c593
-def _sha(parts) -> str: # of (name, tensor or array) pairs
-    found = hashlib.sha256()
-    for name, value in parts:
-        if torch.is_tensor(value):
-            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found.update(name.encode())
-        found.update(value)
-    return found.hexdigest()
-
 def weights_hash(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 of a network's parameters and buffers."
-    return _sha(model.state_dict().items())
+    return tensors_hash(model.state_dict().items())
 
 def save_module(module: nn.Module, # any
                 path,              # of the file
@@ -52,6 +42,7 @@ def save_module(module: nn.Module, # any
     if layout := {at: str(m.layout) for at, m in module.named_modules() if isinstance(m, Placed)}:
         about['layout'] = layout
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    about['by_name'] = tensors_hash(sorted(state.items()))  # `read_checkpoint` looks at it
     # in one entry, since the order of several is not fixed
     data = save(state, metadata=dict(about=json.dumps(about)))
     with atomic(path) as part: part.write_bytes(data)
@@ -89,7 +80,8 @@ def cached(folder,            # where fitted modules are kept
         if path.exists(): return
         build()
         save_module(module, path, key=json.dumps(key))
-    with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
+    if not agreed(path.exists):  # a finished one may lie in a folder that cannot be written to
+        with locked(path.parent, wait=True, name=f'.{path.name}.lock'): agreed(fit)
     load_module(module, path, key=json.dumps(key))
     return module
 
@@ -126,7 +118,7 @@ def data_hash(*splits # `Images`; or `Photos`, by names, labels and resolution
     "SHA-256 of the data of a run."
     parts = [(k, v) for split in splits for k, v in vars(split).items()
              if k in ('images', 'labels', 'names')]
-    return digest([_sha(parts), *(getattr(split, 'resolution', None) for split in splits)])
+    return digest([tensors_hash(parts), *(getattr(split, 'resolution', None) for split in splits)])
 
 # %% ../../nbs/runs/records.ipynb #21a00001
 def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -> dict:
@@ -230,9 +222,6 @@ def experiment_of(record: dict # as `read_record` returns it
         raise ValueError(f"{record['name']} seed {record['seed']}: found settings "
                          f"{[u[:40] for u in sorted(unknown)[:4]]}, unknown to this "
                          'version; tabulate the record with the version that made it')
-    try:
-        # an option may be newer than the record
-        options = method_options(settings['method']) | settings['options']
-        return Experiment(**dict(settings, options=options))
+    try: return Experiment(**settings)
     except (TypeError, KeyError, AttributeError, RecursionError) as e:
         raise ValueError(f'found settings of no experiment ({e})') from None

@@ -6,7 +6,7 @@
 __all__ = ['prepare', 'run', 'load_run', 'Renormalise']
 
 # %% ../../nbs/runs/running.ipynb #72756e03
-import json, sys, warnings
+import hashlib, json, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 
 # %% ../../nbs/runs/running.ipynb #72756e04
 import letkd
+from ..data.files import read_json
 from ..distiller import Distiller, Setup
 from ..matching import perplexity
 from ..methods import addends, check_method, create_terms
@@ -30,7 +31,7 @@ from .experiments import Experiment, _DATA, _NORMALISATIONS, _identity, _network
 from .meters import LOGS, check_log, evaluate
 from .processes import agreed, processes, rank
 from .recipes import DATASETS
-from .records import _record, cached, data_hash, load_module, read_record
+from .records import _record, _tuples, cached, data_hash, load_module, read_record
 from .records import save_module, seen, weights_hash
 from .training import Training, train
 from ..taps import capture, grid_of, insert
@@ -139,6 +140,7 @@ def run(e: Experiment,                # what to run
     folder = Path(out)/e.folder
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     _check_here(e, device, log)
+    if (given := folder/'config.json').exists(): _check_settings(e, read_json(given), given)
     with torch.random.fork_rng():
         with _recommending(e):
             training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
@@ -195,8 +197,22 @@ def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict,
     return read_record(folder/'record.json')
 
 # %% ../../nbs/runs/running.ipynb #f9e92b66
+def _check_settings(e: Experiment, given: dict, file: Path): # given: what the file says
+    "Raise an error if a folder's run had other settings, as after a change of a recipe."
+    now, then = asdict(e), _tuples(given)
+    now, then = ({**s, **s.get('options', {}), 'options': None, 'data': None} for s in (now, then))
+    if other := [f'{k}={then[k]}, now {now.get(k)}' for k in then if then[k] != now.get(k)]:
+        raise ValueError(f'{file}: found a run with other settings under this name: '
+                         f'{"; ".join(other)}. The recipe or a default has changed since; choose '
+                         'another folder of runs, or delete that of this run')
+
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "The record of a finished run; prints a message if the user's files have changed."
+    _check_settings(e, record['settings'], folder/'record.json')
+    if (now := _file_hash(e.teacher_checkpoint or '')) != record.get('teacher_file', now) and now \
+            and rank() == 0:
+        print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
+              'again; delete it for a new run', file=sys.stderr)
     own = (any(':' in (name or '') for name in (e.student, e.teacher))
            or any(part.__module__ in IMPORTED for part in addends(e.method)))
     then, now = record.get('imported', {}), versions()
@@ -283,23 +299,38 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
 def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, log
             ) -> tuple: # (network or None, what the record says of it)
     if not addends(e.method): return None, {}
-    path, record = e.teacher_checkpoint, {}
-    if path is None:
+    if e.teacher_checkpoint is None:
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
-        path = Path(out)/e.of_teacher().folder/'student.safetensors'
+        teacher = _trained(e, classes, Path(out)/e.of_teacher().folder, record)
+        return (channels_last(teacher.to(device).eval()),
+                dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last']))
+    path = e.teacher_checkpoint
     try: teacher = create_model(e.teacher, classes, checkpoint=path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
                                 f'weights of {e.teacher} ({error})') from None
-    teacher = channels_last(teacher.to(device).eval())
-    if e.teacher_checkpoint is None:
-        return teacher, dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
-    images = e.load(e.eval_split)
+    teacher, images = channels_last(teacher.to(device).eval()), e.load(e.eval_split)
     if e.teacher_normalisation:
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
         insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
-    return teacher, dict(teacher_hash=weights_hash(teacher),
+    file = dict(teacher_file=found) if (found := _file_hash(path)) else {}
+    return teacher, dict(teacher_hash=weights_hash(teacher), **file,
                          teacher_top1=_top1_of(e, teacher, images.to(device), out))
+
+def _trained(e: Experiment, classes: int, folder: Path, record: dict) -> nn.Module: # its teacher
+    path = folder/'student.safetensors'
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: not found, but there is its record; put the weights of '
+                                f'{e.teacher} there, or delete {folder}, and it is trained again')
+    teacher = create_model(e.teacher, classes, checkpoint=path)
+    if (found := weights_hash(teacher)) != (said := record.get('student_hash', found)):
+        raise ValueError(f'{path}: found weights of SHA-256 {found}; the record beside it says '
+                         f'{said}. Put the right file there, or delete {folder}, and the teacher '
+                         'is trained again')
+    return teacher
+
+def _file_hash(path: str) -> str: # of its bytes; '' where it is no file, but a name
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ''
 
 # %% ../../nbs/runs/running.ipynb #9996888d
 def _cache(e: Experiment, out, made: dict) -> Callable:
@@ -312,7 +343,9 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
         key = dict(kind=type(supervision).__name__, settings=settings, data=data,
                    tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
-        if not type(supervision).__module__.startswith('letkd.'): key |= dict(imported=versions())
+        # what decides a supervision of the user's may be no plain attribute of it
+        if not type(supervision).__module__.startswith('letkd.'):
+            key |= dict(imported=versions(), options=e.options)
         return cached(Path(out)/'cache', key, supervision, lambda: supervision.fit(rows))
     return fit
 

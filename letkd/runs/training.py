@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'Training', 'WholeEpochs', 'conditions', 'train']
 
 # %% ../../nbs/runs/training.ipynb #137505e1
-import inspect, json, platform, sys, time
+import inspect, json, math, platform, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
+from ..data.files import tensors_hash
 from ..distiller import Distiller
 from ..models.imports import versions
 from .meters import Meter, NonFiniteLoss, Progress, evaluate
@@ -76,7 +77,8 @@ class Training:
         self.settings = dict(
             terms=[f'{t.name} ({type(t).__name__}, weight {t.weight:g})' for t in distiller.terms],
             epochs=epochs, steps=self.steps, lr=lr, schedule=schedule, milestones=list(milestones),
-            momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+            momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, amp=amp,
+            batch_size=getattr(batches, 'batch_size', None), **_details(distiller))
         amp = amp and self.device.type == 'cuda'
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
@@ -84,6 +86,16 @@ class Training:
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # each with its own dropout
 
 # %% ../../nbs/runs/training.ipynb #b499f6da
+def _details(distiller: Distiller) -> dict: # {name: text} of what decides the losses
+    "The plain attributes of terms and of modules in them, and a hash of the teacher."
+    modules = [found for term in distiller.terms for found in term.named_modules(prefix=term.name)]
+    modules += distiller.layers.items()
+    told = {f'{path}.{k}': repr(v) for path, m in modules for k, v in vars(m).items()
+            if isinstance(v, (int, float, str, tuple)) and k[0] != '_' and k != 'training'}
+    try: told['teacher'] = tensors_hash(distiller.teacher.state_dict().items())
+    except Exception: pass  # there is none, or its weights are no plain tensors
+    return told
+
 def _length(batches) -> int:
     "The number of batches in an epoch; each epoch iterates anew."
     try: n = len(batches)
@@ -196,9 +208,9 @@ def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and d
 def load_state_dict(self: Training, state: dict):
     """Continue from `state`, of a training with the same terms and settings; this sets the
     global generators too."""
-    there = state.get('settings', self.settings)  # older states have none
-    differ = [f'{k} was {there.get(k)} and is {v} now'
-              for k, v in self.settings.items() if there.get(k) != v]
+    there = state.get('settings', {})  # older states have none, or not all
+    differ = [f'{k} was {there[k]} and is {v} now'
+              for k, v in self.settings.items() if k in there and there[k] != v]
     if differ: raise ValueError('; '.join(differ))
     for name in _PARTS: getattr(self, name).load_state_dict(state[name])
     self.history, self.seconds, self.lr = state['history'], state['seconds'], state['lr']
@@ -248,6 +260,8 @@ def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evalu
     if test is not None:
         from_first(self.distiller.student.buffers())
         found = evaluate(self.distiller.student, test, self.distiller.output)
+        if not math.isfinite(found['loss']):
+            raise NonFiniteLoss(f"evaluation: cross-entropy = {found['loss']:.4g}")
         row |= {k: v for k, v in found.items() if k != 'loss'}
     self.history.append(row)
     self.meter = Meter(self.steps, self.device)
@@ -301,10 +315,11 @@ def train(training: Training,        # what to train
                         training.step(*batch)
                         progress.step()
                         _keep(training, kept, every, training.wish(max(signals.seen, every.due())))
+                    row = training.end_epoch(test)
                 except NonFiniteLoss as e:
                     raise NonFiniteLoss(f'epoch {training.epoch + 1}, {e}; {kept}. Try a lower '
                                         'learning rate') from None
-                progress.epoch(row := training.end_epoch(test))
+                progress.epoch(row)
                 _keep(training, kept, every, highest(max(signals.seen, 1)))
                 log(row)
     return training.history
