@@ -55,12 +55,15 @@ class Maps:
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 # %% ../nbs/distiller.ipynb #3b179a10
-def check_share(name: str, value: float):
+def check_share(name: str,   # of an argument of a term
+                value: float # of the argument
+               ):
     "Raise an error if a value is no share of the training."
     if not 0 <= value <= 1:
         raise ValueError(f'{name}: found {value:g}; expected a share of the training, 0 .. 1, '
                          'such as 20 / 240 for 20 epochs of 240')
 
+# %% ../nbs/distiller.ipynb #00d90312
 class Term(nn.Module):
     """One loss. A method derives from it and writes `forward`; everything else is
     declared here."""

@@ -192,6 +192,8 @@ ABLATIONS = dict(
 _SHORT = dict(epochs=20, teacher_epochs=60, schedule='one-cycle', lr=.1, num_prototypes=1024,
               num_templates=1024)
 _EIGHT, _WIDE = ('resnet20-resnet8',), ('resnet20-resnet8x1.55',)
+
+# %% ../../nbs/results/published.ipynb #35c15b13
 CLAIMS = dict(
     main=Study('is letKD better than KD, than its parts, than a larger student', _EIGHT,
                ('student', 'kd', 'quest', 'letkd1', 'letkd2', 'layer2', 'layer2+kd'),

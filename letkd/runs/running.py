@@ -140,7 +140,6 @@ def run(e: Experiment,                # what to run
     folder = Path(out)/e.folder
     if done := agreed(lambda: _finished(folder)): return _as_now(e, done, folder)
     _check_here(e, device, log)
-    if (given := folder/'config.json').exists(): _check_settings(e, read_json(given), given)
     with torch.random.fork_rng():
         with _recommending(e):
             training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
@@ -184,8 +183,9 @@ def _announce(e: Experiment, folder: Path, quiet: bool):
         print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, '
               f'{e.batch_size // processes()} images each; '
               f'learning rate {e.lr:g}, as with one process', flush=True)
-    if not (folder/'config.json').exists():
-        write_text(folder/'config.json', json.dumps(asdict(e), indent=1) + '\n')
+    config = folder/'config.json'
+    if config.exists(): _check_settings(e, read_json(config), config)
+    else: write_text(config, json.dumps(asdict(e), indent=1) + '\n')
 
 def _finish(e: Experiment, training: Training, folder: Path, perplexities: dict, made: dict
            ) -> dict: # the record
@@ -317,6 +317,7 @@ def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, 
     return teacher, dict(teacher_hash=weights_hash(teacher), **file,
                          teacher_top1=_top1_of(e, teacher, images.to(device), out))
 
+# %% ../../nbs/runs/running.ipynb #467b8588
 def _trained(e: Experiment, classes: int, folder: Path, record: dict) -> nn.Module: # its teacher
     path = folder/'student.safetensors'
     if not path.exists():

@@ -96,6 +96,7 @@ def _details(distiller: Distiller) -> dict: # {name: text} of what decides the l
     except Exception: pass  # there is none, or its weights are no plain tensors
     return told
 
+# %% ../../nbs/runs/training.ipynb #aded5929
 def _length(batches) -> int:
     "The number of batches in an epoch; each epoch iterates anew."
     try: n = len(batches)
@@ -251,6 +252,7 @@ def step(self: Training,
     self.lr, = self.schedule.get_last_lr()  # of this step, before the schedule moves on
     self.schedule.step()
 
+# %% ../../nbs/runs/training.ipynb #43fb0377
 @patch
 def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evaluate on
              ) -> dict: # the epoch's line of the history
