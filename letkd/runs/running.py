@@ -209,8 +209,8 @@ def _check_settings(e: Experiment, given: dict, file: Path): # given: what the f
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "The record of a finished run; prints a message if the user's files have changed."
     _check_settings(e, record['settings'], folder/'record.json')
-    if (now := _file_hash(e.teacher_checkpoint or '')) != record.get('teacher_file', now) and now \
-            and rank() == 0:
+    now = _file_hash(e.teacher_checkpoint or '')
+    if now and now != record.get('teacher_file', now) and rank() == 0:
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
     own = (any(':' in (name or '') for name in (e.student, e.teacher))
