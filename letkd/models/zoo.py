@@ -136,8 +136,8 @@ def _quantised(state): # the names of its entries that are
             or isinstance(v, torch.Tensor) and small(v)]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
-def _about(path) -> dict: # what `letkd.runs.records.save_module` has written about a file
-    try: about = json.loads(read_tensors(path, ())[1].get('about', '{}'))
+def _about(told: dict) -> dict: # of a file's texts, what `letkd.runs.records.save_module` wrote
+    try: about = json.loads(told.get('about', '{}'))
     except (ValueError, RecursionError): return {}
     return about if isinstance(about, dict) else {}
 
@@ -147,8 +147,8 @@ def read_checkpoint(
     "The state dict in a checkpoint of the field, under plain names."
     path = Path(path)
     if path.suffix == '.safetensors':
-        found, _ = read_tensors(path)
-        said = _about(path).get('by_name')
+        found, told = read_tensors(path)
+        said = _about(told).get('by_name')
         if said and said != (sum := tensors_hash(sorted(found.items()))):
             raise ValueError(f'{path}: the file is damaged: found SHA-256 {sum}; expected {said}')
     else:
@@ -333,7 +333,7 @@ def load_weights(
 def _said(path) -> tuple:
     "({KD layer's path: its alpha}, {path of what was inserted: its layout}), if the file says so."
     if Path(path).suffix != '.safetensors': return {}, {}
-    about = _about(path)
+    about = _about(read_tensors(path, ())[1])
     def table(key, fits):
         found = about.get(key)
         return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}

@@ -33,7 +33,7 @@ from .processes import agreed, processes, rank
 from .recipes import DATASETS
 from .records import _record, _tuples, cached, data_hash, load_module, read_record
 from .records import save_module, seen, weights_hash
-from .training import Training, train
+from .training import Training, _plain, train
 from ..taps import capture, grid_of, insert
 
 # %% ../../nbs/runs/running.ipynb #21e1c001
@@ -209,8 +209,8 @@ def _check_settings(e: Experiment, given: dict, file: Path): # given: what the f
 def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     "The record of a finished run; prints a message if the user's files have changed."
     _check_settings(e, record['settings'], folder/'record.json')
-    now = _file_hash(e.teacher_checkpoint or '')
-    if now and now != record.get('teacher_file', now) and rank() == 0:
+    file = record.get('teacher_file')  # a large one is read only where it matters
+    if file and rank() == 0 and _file_hash(e.teacher_checkpoint) not in (file, ''):
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
     own = (any(':' in (name or '') for name in (e.student, e.teacher))
@@ -337,11 +337,8 @@ def _file_hash(path: str) -> str: # of its bytes; '' where it is no file, but a 
 def _cache(e: Experiment, out, made: dict) -> Callable:
     "A function for `create_terms` that fits a supervision or loads it from the cache."
     def fit(supervision, rows):
-        settings = {k: v for k, v in vars(supervision).items()
-                    if isinstance(v, (int, float, str, tuple))
-                    and not k.startswith('_') and k != 'training'}
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
-        key = dict(kind=type(supervision).__name__, settings=settings, data=data,
+        key = dict(kind=type(supervision).__name__, settings=_plain(supervision), data=data,
                    tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'])
         # what decides a supervision of the user's may be no plain attribute of it

@@ -86,12 +86,15 @@ class Training:
         if rank(): torch.manual_seed(torch.initial_seed() + rank())  # each with its own dropout
 
 # %% ../../nbs/runs/training.ipynb #b499f6da
+def _plain(module: nn.Module) -> dict: # its attributes that are numbers, texts and tuples
+    return {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))
+            and not k.startswith('_') and k != 'training'}
+
 def _details(distiller: Distiller) -> dict: # {name: text} of what decides the losses
     "The plain attributes of terms and of modules in them, and a hash of the teacher."
     modules = [found for term in distiller.terms for found in term.named_modules(prefix=term.name)]
     modules += distiller.layers.items()
-    told = {f'{path}.{k}': repr(v) for path, m in modules for k, v in vars(m).items()
-            if isinstance(v, (int, float, str, tuple)) and k[0] != '_' and k != 'training'}
+    told = {f'{path}.{k}': repr(v) for path, m in modules for k, v in _plain(m).items()}
     try: told['teacher'] = tensors_hash(distiller.teacher.state_dict().items())
     except Exception: pass  # there is none, or its weights are no plain tensors
     return told
