@@ -27,11 +27,15 @@ from .matching import kd_layer, matching_scores, precise, unit
 class _ScoreNorm(nn.BatchNorm1d):
     """Batch normalisation of N x K scores in their own precision, whatever the type of
     its parameters."""
+    def _share(self) -> float: # of a batch in the running statistics
+        if self.momentum is not None: return self.momentum
+        return 1 / (1 + int(self.num_batches_tracked))  # all batches count the same
+
     def forward(self, s: Tensor) -> Tensor:
         if self.weight.dtype == s.dtype: return super().forward(s)
         stats = [b.to(s.dtype) for b in (self.running_mean, self.running_var)]
         out = F.batch_norm(s, *stats, self.weight.to(s.dtype), self.bias.to(s.dtype),
-                           self.training, self.momentum, self.eps)
+                           self.training, self._share(), self.eps)
         if self.training:
             self.running_mean.copy_(stats[0])
             self.running_var.copy_(stats[1])
@@ -327,7 +331,8 @@ def _with_plain_weights(model: nn.Module) -> nn.Module: # a copy in eval mode
     computed = {id(v): v.detach().clone()
                 for m in model.modules() for v in vars(m).values()
                 if isinstance(v, Tensor) and not v.is_leaf}  # which `deepcopy` refuses
-    model = copy.deepcopy(model, computed).eval()
+    model = copy.deepcopy(model, computed)
+    model.eval()  # some `train` methods return nothing
     for m in list(model.modules()):
         if parametrize.is_parametrized(m): _keep_what_came_out(m)
         for key, hook in list(m._forward_pre_hooks.items()):

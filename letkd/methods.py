@@ -23,9 +23,10 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import CrossEntropy, Setup, Term, attempted, named, raise_all
+from .distiller import USUAL, CrossEntropy, Setup, Term, attempted, named, raise_all
 from .models.imports import OWN, PACKAGES, nearest
-from .taps import as_maps, capture, evaluating, resolve
+from .models.places import places
+from .taps import as_maps, capture, evaluating, resolve, unwritten
 from .terms import dkd, kd, layer, layer2, letkd1, letkd2, letkd_intermediate, quest
 
 # %% ../nbs/methods.ipynb #ed24e070
@@ -135,7 +136,7 @@ class _Rehearsal(Setup):
     "A setup that notes what is wrong with the taps, and fits nothing."
     def __init__(self, setup: Setup):
         vars(self).update(vars(setup))
-        self.setup, self.batches, self.faults = setup, self, []
+        self.setup, self.batches, self.faults, self.asked = setup, self, [], set()
         self.fit = lambda supervision, rows: _Fitted()
 
     first = property(lambda self: self.setup.first)
@@ -144,6 +145,7 @@ class _Rehearsal(Setup):
         raise _Enough
 
     def place(self, side: str, tap: str) -> tuple:
+        self.asked.add((side, tap))
         try: return super().place(side, tap)
         except Exception as e: self.faults.append(e)
         return tap, 1, (1, 1)
@@ -172,8 +174,11 @@ def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method;
         if not trial.faults: trial.faults.append(e)  # otherwise it follows from them
     for term in terms:
         for side in ('student', 'teacher'):
-            trial.faults += _unknown(setup, [(side, tap) for tap in getattr(term, f'{side}_taps')])
-    return trial.faults, terms
+            own = {(side, tap.partition('@')[0]) for tap in getattr(term, f'{side}_taps')}
+            trial.faults += _unknown(setup, own)
+            trial.asked |= own
+    left = {k: v for k, v in defaults.items() if k not in options and _pairs(v)}
+    return trial.faults or [*_elsewhere(setup, left, trial.asked)], terms
 
 def _unknown(setup: Setup, taps: Iterable) -> list: # (side, tap) pairs
     known = [(side, getattr(setup, side), tap)
@@ -191,9 +196,37 @@ def _unread(setup: Setup, terms: list) -> Iterator[Exception]:
         for tap in sorted(taps):
             images = setup.first[0][:2]
             def read():
-                with evaluating(model), capture(model, tap) as maps: model(images)
+                with evaluating(model), capture(model, tap) as maps, unwritten(images):
+                    model(images)
                 as_maps(model, maps, images)
             yield from named(side, attempted(read))
+
+# %% ../nbs/methods.ipynb #f89dfc5f
+def _last(setup: Setup, side: str) -> str:
+    "Where the last map of a network is, if it comes behind the usual tap and has another shape."
+    try: found = {p.tap: p for p in places(getattr(setup, side), setup.first[0][:2])}
+    except Exception: return ''  # its maps cannot be listed
+    order, usual = [*found], found.get(USUAL['penultimate'][0])
+    last = next((p for p in found.values() if p.role == 'penultimate'), usual)
+    if usual is None or last.shape == usual.shape: return ''
+    return last.tap if order.index(last.tap) > order.index(usual.tap) else ''
+
+def _elsewhere(setup: Setup,
+               options: dict, # {name: pairs of taps} that are left at their defaults
+               asked: set     # (side, tap) pairs that a method reads
+              ) -> Iterator[Exception]:
+    left = {role: getattr(setup, role) for role in setup.assumed} | options
+    for i, side in enumerate(('student', 'teacher')):
+        names = [name for name, pairs in left.items()
+                 if any((side, pair[i]) in asked for pair in _pairs(pairs))]
+        names = [name for name in names if name in options] or names
+        if not names or not (last := _last(setup, side)): continue
+        found = ' and '.join(f'{name} = {left[name]}' for name in names)
+        yield ValueError(f'{side}: found {found} by default, which are places in ResNets for '
+                         f'CIFAR; the last map of this {type(getattr(setup, side)).__name__} is '
+                         f'that of {last!r}. Choose {" and ".join(names)}; '
+                         'letkd.models.places.natural shows the usual places')
+
 
 # %% ../nbs/methods.ipynb #19e1c004
 def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
@@ -245,10 +278,11 @@ def create_terms(method: str, # 'ce', a name in `METHODS`, or a sum such as 'let
                  teacher: Optional[nn.Module], # any classifier; None for 'ce'
                  # re-iterable of (images, labels, ...), not augmented, to fit supervisions
                  batches: Iterable,
-                 # (student's tap, teacher's tap) of the last feature map
-                 penultimate: tuple = ('layer3', 'layer3'),
-                 # the same, after the first block of the last stage
-                 intermediate: tuple = ('layer3.0', 'layer3.0'),
+                 # (student's tap, teacher's tap) of the last feature map; None: that of ResNets
+                 # for CIFAR, ('layer3', 'layer3'), if both networks end there
+                 penultimate: Optional[tuple] = None,
+                 # the same, after the first block of the last stage; None: 'layer3.0' in both
+                 intermediate: Optional[tuple] = None,
                  # fits a supervision on a stream; may be a function that caches
                  fit: Callable = Setup.fit,
                  # finds the logits in what a network returns; see `letkd.taps.logits_of`

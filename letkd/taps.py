@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_exported', 'resolve', 'Layout', 'capture', 'compiled_capture', 'Inserted', 'Placed', 'insert', 'Replaced',
-           'replace', 'grid_of', 'rows', 'one_class', 'evaluating', 'find_layout', 'as_maps', 'unpack', 'largest',
-           'logits_of', 'beside', 'stream']
+           'replace', 'grid_of', 'rows', 'one_class', 'evaluating', 'unwritten', 'find_layout', 'as_maps', 'unpack',
+           'largest', 'logits_of', 'beside', 'stream']
 
 # %% ../nbs/taps.ipynb #2394fcd7
 import difflib, math, re
@@ -475,9 +475,26 @@ def evaluating(model): # any network
     "Eval mode without gradients inside the block; afterwards every module has its old mode."
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(): yield model if is_exported(model) else model.eval()
+        with torch.no_grad():
+            if not is_exported(model): model.eval()  # some `train` methods return nothing
+            yield model
     finally:
+        for module, mode in modes:  # where a mode is more than a flag, such as merged weights
+            if module.training != mode and type(module).train is not nn.Module.train:
+                module.train(mode)
         for module, mode in modes: module.training = mode
+
+# %% ../nbs/taps.ipynb #dd049446
+@contextmanager
+def unwritten(images: Tensor): # what a network gets inside the block
+    "An error if the images were changed in place."
+    count = lambda: None if images.is_inference() else images._version
+    before = count()
+    yield
+    if count() != before:
+        raise ValueError('images: found that the network writes into them, as by x -= mean, '
+                         'which changes them for everyone; expected x = x - mean')
+
 
 # %% ../nbs/taps.ipynb #0341ebb2
 def _enlarged(model, tap, images) -> tuple:
@@ -644,9 +661,7 @@ def logits_of(
     elif hasattr(out, 'logits'): found = out.logits
     elif isinstance(out, (tuple, list)):
         heads = [x for x in out if x is not None]
-        alike = all(isinstance(x, Tensor) and x.ndim == 2 and x.shape == heads[0].shape
-                    for x in heads)
-        found = heads[0] if heads and alike else None
+        found = heads[0] if len(heads) == 1 and getattr(heads[0], 'ndim', 0) == 2 else None
     else: found = None
     if isinstance(found, Tensor): return found
     by = f' and {_describe(found)} by output' if output else ''
@@ -675,7 +690,8 @@ class _Stream:
 
     def _rows(self, images, labels):
         images, labels = beside(self.model, images, one_class(labels))
-        with evaluating(self.model) as model, capture(model, self.tap) as maps: model(images)
+        with evaluating(self.model) as model, capture(model, self.tap) as maps, unwritten(images):
+            model(images)
         maps = as_maps(self.model, maps, images, self.layouts)
         r = rows(maps[self.tap], self.grid)
         return r, labels.repeat_interleave(len(r) // len(images))

@@ -103,6 +103,8 @@ class SupervisedLayer(Term):
                  # (h, w) to which the teacher's map is pooled
                  grid: Optional[tuple] = None,
                  weight: float = 1.,       # factor in the total loss
+                 # (h, w) of the images that it is made for; None: not known
+                 size: Optional[tuple] = None,
                 ):
         found, expected = len(layer.templates), supervision.num_templates
         if found != expected:
@@ -111,15 +113,24 @@ class SupervisedLayer(Term):
         super().__init__(name, weight, teacher_taps=[teacher_tap],
                          layers={student_tap: layer})
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
-        self.grid, self.supervision = grid, supervision
-
-    def targets(self, maps: Maps, batch: Batch) -> dict: # {student tap: target}
-        t = rows(maps.teacher[self.teacher_tap], self.grid)
-        labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
-        return {self.student_tap: self.supervision.target(t, labels)}
+        self.grid, self.supervision, self.size = grid, supervision, size
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         return maps.losses[self.student_tap]
+
+# %% ../nbs/07_terms.ipynb #9d70bd13
+#| code-fold: true
+@patch
+def targets(self: SupervisedLayer, maps: Maps, batch: Batch
+           ) -> dict: # {student tap: target}
+    size, own = tuple(batch.images.shape[2:]), self.size
+    if own and size[0] * own[-1] != size[-1] * own[0]:
+        raise ValueError(f'{self.name}: found images of {size}; expected the '
+                         f'proportions of {own}, which the layer was made for')
+    t = rows(maps.teacher[self.teacher_tap], self.grid)
+    labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
+    return {self.student_tap: self.supervision.target(t, labels)}
+
 
 # %% ../nbs/07_terms.ipynb #08fafdd6
 #| code-fold: true
@@ -136,7 +147,8 @@ def layer(self: Setup,
     pixels = stream(self.teacher, theirs, self.batches, grid)
     supervision = self.fit(supervision, pixels)
     layer = KDLayer(channels, supervision.num_templates, alpha)
-    return SupervisedLayer(name, ours, theirs, layer, supervision, grid)
+    size = tuple(self.first[0].shape[2:])
+    return SupervisedLayer(name, ours, theirs, layer, supervision, grid, size=size)
 
 # %% ../nbs/07_terms.ipynb #46fa520e
 #| code-fold: true

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from letkd.checks import classifier
 from letkd.distiller import CrossEntropy, Distiller, Term
 from letkd.fused import fused_kd_layer
-from letkd.layer import KDLayer, supervised
+from letkd.layer import KDLayer, folded, supervised
 from letkd.matching import DenseTarget
 from letkd.methods import create_terms, method_options
 from letkd.models.folding import fold_teacher
@@ -244,3 +244,18 @@ def test_a_slip_in_a_tap_is_found_before_the_teacher_is_trained(tmp_path):
     with pytest.raises(ValueError, match=faults):
         run(e, tmp_path, 'cpu', quiet=True)
     assert not list(tmp_path.rglob('*.safetensors'))
+
+
+class Silent(nn.Sequential):
+    def train(self, mode=True): super().train(mode)  # returns nothing, as in many libraries
+
+
+def test_a_train_method_may_return_nothing():
+    student, teacher = (Silent(*network.children()) for network in networks())
+    taps = dict(zip(('penultimate', 'intermediate'), [(n, n) for n in ('1', '0')]))
+    terms = create_terms('letkd2', student, teacher, data(), **taps, num_prototypes=6, num_dims=3,
+                         per_class=2)
+    distiller = Distiller(student, teacher, terms)
+    fold_teacher(distiller)
+    assert all(np.isfinite(v) for v in losses(distiller, *data()[0]).values())
+    folded(student)

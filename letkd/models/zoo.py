@@ -282,10 +282,11 @@ def looks_like(
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
 def _numbers(x, like):
-    "Is this a plain tensor of the same kind of numbers, all finite as the network keeps them?"
+    """Is this a plain tensor of the same kind of numbers? They are finite, or where they are not,
+    as in a mask, those that the network has there."""
     if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
     return (x.is_floating_point() == like.is_floating_point() and not x.is_complex()
-            and bool(x.to(like.dtype).isfinite().all()))
+            and bool(((x := x.to(like.dtype)).isfinite() | (x == like)).all()))
 
 def _misfits(own, state):
     """One line for each kind of mistake: what is missing, what is too much, of another
