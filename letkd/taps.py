@@ -12,6 +12,7 @@ import difflib, math, re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -519,6 +520,30 @@ def _normalises(model, shape) -> bool:
     norms = [tuple(getattr(m, 'normalized_shape', ())) for m in model.modules()]
     return shape[-1] not in shape[1:-1] and any(n[-1:] == shape[-1:] for n in norms)
 
+# %% ../nbs/taps.ipynb #d3efd459
+def _check_order(model, tap, layout: Layout, x, images):
+    "Raise an error if tokens that could be a grid are not one in reading order."
+    h, w = (max(n // 2, 1) for n in _image_size(images))
+    noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+    changed = images[:1].repeat(5, *[1] * (images.ndim - 1))
+    halves = [(slice(n), slice(n, None)) for n in (h, w)]
+    for i, part in enumerate(product(*halves)):  # the last image stays as it is
+        changed[i][(..., *part)] += noise[(..., *part)]
+    with evaluating(model), capture(model, f'{tap}@raw') as maps: model(changed)
+    y = maps[f'{tap}@raw']
+    if y.shape[1:] != x.shape[1:]:
+        raise ValueError(f'tap {tap!r}: found {x.shape[1]} x {x.shape[2]} in train mode and '
+                         f'{y.shape[1]} x {y.shape[2]} in eval mode; where tokens are dropped '
+                         'nobody knows the place of the rest. Train without that')
+    y = layout.to_map(y).float()
+    moved = (y[:4] - y[4:]).abs().sum(1, keepdim=True)
+    if min(moved.shape[2:]) > 1 and (F.adaptive_avg_pool2d(moved, 2).flatten(1).argmax(1)
+                                     != torch.arange(4, device=y.device)).any():
+        raise ValueError(f'tap {tap!r}: found tokens that are not in reading order: a change in '
+                         'a quarter of the image moves those of another quarter most. Tap a '
+                         f"place where they are; if they are here, say so: '{tap}@{layout}'")
+
+
 # %% ../nbs/taps.ipynb #29f01f85
 def find_layout(
     model: nn.Module, # any network
@@ -530,6 +555,11 @@ def find_layout(
     if x.ndim not in (3, 4):
         raise ValueError(f'tap {tap!r}: expected a map B x C x H x W or tokens B x N x C, '
                          f'found a {_describe(x)}')
+    layout = _probable(model, tap, x, images)
+    if layout.grid: _check_order(model, tap, layout, x, images)
+    return layout
+
+def _probable(model, tap, x, images) -> Layout: # by what there is to count
     size, declared = _image_size(images), _declared(model)
     readings = _readings(x.shape, size, declared) if len(x) == len(images) else []
     if readings == [Layout()]: return readings[0]

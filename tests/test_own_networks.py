@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
+                                    create_selective_checkpoint_contexts)
 from torch.utils.data import DataLoader
 
 from letkd.checks import classifier
@@ -199,17 +200,31 @@ def test_a_checkpointed_stage_teaches_as_any_other_or_is_refused(method):
         gradients(use_reentrant=True)
 
 
-def test_a_layer_in_tiles_is_taught_within_a_checkpoint():
-    layer, x = KDLayer(8, 512).double(), torch.randn(2, 8, 16, 16).double()
-    target = DenseTarget(torch.randn(512, 512).double().softmax(1))
-    assert layer._function(x.movedim(1, -1).reshape(-1, 8)) is fused_kd_layer
-    grads = []
-    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
-        twin, v = copy.deepcopy(layer), x.clone().requires_grad_()
-        with supervised({twin: target}) as found: out = run(twin, v)
-        (out.square().sum() + 3 * found[twin]).backward()
+def selective():
+    "The contexts of a checkpoint that keeps all products of matrices."
+    def policy(ctx, operation, *args, **options):
+        kept = operation is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)
+
+
+@pytest.mark.parametrize('size', [(8, 512, 16), (4, 6, 2)], ids=['in tiles', 'plain'])
+def test_a_layer_is_taught_within_a_checkpoint(size):
+    channels, templates, side = size
+    layer, after = KDLayer(channels, templates), nn.Linear(channels, templates, bias=False)
+    net = nn.Sequential(layer, after, nn.GELU()).double()
+    x = torch.randn(2, side**2, channels).double()
+    target = DenseTarget(torch.randn(2 * side**2, templates).double().softmax(1))
+    assert (layer._function(x.reshape(-1, channels)) is fused_kd_layer) == (channels == 8)
+    grads, once = [], dict(use_reentrant=False)
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, **once),
+                lambda f, x: checkpoint(f, x, **once, context_fn=selective)):
+        twin, v = copy.deepcopy(net), x.clone().requires_grad_()
+        with supervised({twin[0]: target}) as found: out = run(twin, v)
+        (out.square().sum() + 3 * found[twin[0]]).backward()
         grads.append([v.grad, *(p.grad for p in twin.parameters())])
-    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+    for again in grads[1:]:
+        for a, b in zip(grads[0], again): torch.testing.assert_close(a, b)
 
 
 class Stages(nn.Module):
