@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'files_below', 'download', 'md5_of', 'fetch',
-           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json']
+           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json', 'digest']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
 import errno, glob, hashlib, io, json, math, os, pickletools, re
@@ -310,3 +310,9 @@ def read_json(path) -> dict: # of finite numbers, strings, true, false and null,
     except ValueError as e: raise ValueError(f'{path}: not sound JSON: {_line(e)}') from None
     if isinstance(found, dict): return found
     raise ValueError(f'{path}: found {type(found).__name__}; expected an object of JSON, in braces')
+
+# %% ../../nbs/data/files.ipynb #1a12e44a
+def digest(value,    # anything that JSON can hold
+          ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a value's JSON, keys sorted."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

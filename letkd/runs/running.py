@@ -17,6 +17,7 @@ from torch import nn
 
 # %% ../../nbs/runs/running.ipynb #72756e04
 import letkd
+from ..data.batches import data_hash
 from ..data.files import read_json
 from ..distiller import Distiller, Setup
 from ..matching import perplexity
@@ -31,7 +32,7 @@ from .experiments import Experiment, _DATA, _NORMALISATIONS, _identity, _network
 from .meters import LOGS, check_log, evaluate
 from .processes import agreed, processes, rank
 from .recipes import DATASETS
-from .records import _record, _tuples, cached, data_hash, load_module, read_record
+from .records import _record, _tuples, cached, load_module, read_record
 from .records import save_module, seen, weights_hash
 from .training import Training, _plain, train
 from ..taps import capture, grid_of, insert
