@@ -24,7 +24,7 @@ from ..matching import perplexity
 from ..methods import addends, check_method, create_terms
 from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
-from ..models.imports import IMPORTED, versions
+from ..models.imports import IMPORTED, is_own, versions
 from ..models.pairs import places_of
 from ..models.places import natural
 from .checkpoints import locked, write_text
@@ -214,8 +214,7 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
     own = (any(':' in (name or '') for name in (e.student, e.teacher))
-           or any(part.__module__ in IMPORTED
-                  for part in (DATASETS[e.dataset].load, *addends(e.method))))
+           or any(map(is_own, (DATASETS[e.dataset].load, *addends(e.method)))))
     then, now = record.get('imported', {}), versions()
     if own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
         print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made '
@@ -354,8 +353,8 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
                    tap=rows.tap, grid=rows.grid, version=letkd.__version__,
                    teacher_hash=made['teacher_hash'], data_hash=made['data_hash'])
         if ':' in e.teacher:  # one of the user's, whose file may compute otherwise since
-            own = IMPORTED.get(e.teacher.partition(':')[0])
-            key |= dict(network=own.files if own else versions())
+            file = IMPORTED.get(e.teacher.partition(':')[0])
+            key |= dict(network=file.files if file else versions())
         # what decides a supervision of the user's may be no plain attribute of it
         if not type(supervision).__module__.startswith('letkd.'):
             key |= dict(imported=versions(), options=e.options)
