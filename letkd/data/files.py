@@ -31,6 +31,9 @@ def data_root(root=None, # a folder; None: $LETKD_DATA, or else ~/.cache/letkd
     return Path(root or os.environ.get('LETKD_DATA') or '~/.cache/letkd').expanduser()
 
 # %% ../../nbs/data/files.ipynb #47d3b151
+# a full disk, the end of the user's share of it, and a file above the limit
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
 @contextmanager
 def atomic(path,             # the final name; its folder is made
           ) -> Iterator[Path]: # a temporary path beside it; renamed to it where the block ends well
@@ -45,10 +48,10 @@ def atomic(path,             # the final name; its folder is made
         with open(part, 'rb+') as f: os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        full = getattr(e, 'errno', None) == errno.ENOSPC or f'os error {errno.ENOSPC}' in str(e)
-        if not full: raise
-        # with the file's name
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        full = next((code for code in _FULL if getattr(e, 'errno', None) == code
+                     or f'os error {code})' in str(e)), None)
+        if full is None: raise
+        raise OSError(full, os.strerror(full), str(path)) from None  # with the file's name
     finally:
         part.unlink(missing_ok=True)
 
