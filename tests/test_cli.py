@@ -243,7 +243,8 @@ def test_a_strange_record_is_shown_among_the_others(settings, note, out, record,
     runs = shutil.copytree(out, tmp_path/'runs', ignore=shutil.ignore_patterns('*.pt'))
     strange = renamed(record[1], **settings)
     (runs/'strange.json').write_text(json.dumps(strange))
-    for style in [], ['--markdown'], *(['--figure', str(tmp_path/f)] for f in ('figure', 'f.svg')):
+    figures = (['--figure', str(tmp_path/name)] for name in ('figure', 'f.svg'))
+    for style in [], ['--markdown'], *figures:
         assert main(['table', strange['dataset'], '--out', str(runs), *style]) == 0
         said = capsys.readouterr().out
         assert 'Not known here' in said and note in said and strange['method'] in said
