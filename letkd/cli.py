@@ -97,7 +97,7 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     both = beside(frame, name) if known else None
     if records: print(format_table(frame, style))
     if known: print(format_beside(both, style))
-    if figure: (plot_beside(both) if known else plot_table(frame)).savefig(figure, dpi=150)
+    if figure: _draw(plot_beside(both) if known else plot_table(frame), figure, 150)
 
 # %% ../nbs/cli.ipynb #0ad9bb45
 def _check_table(name: str, out: str, options: dict): # {option of a study: its value}
@@ -108,6 +108,14 @@ def _check_table(name: str, out: str, options: dict): # {option of a study: its 
         raise ValueError(f'--{given[0]}: found the data set {name}; this option belongs to a '
                          'study, such as ablation/layers')
 
+# %% ../nbs/cli.ipynb #9d5855f2
+def _draw(figure, file, dpi: int): # whole or not at all; without a suffix as PNG
+    from letkd.data.files import atomic
+    kind = Path(file).suffix[1:] or 'png'
+    with atomic(file if Path(file).suffix else f'{file}.png') as part:
+        figure.savefig(part, dpi=dpi, format=kind)
+
+# %% ../nbs/cli.ipynb #cada41da
 def _study_table(name, out, markdown, figure, dataset, pair, settings, records=None):
     from letkd.results.published import beside_study, format_study, plot_option
     from letkd.results.tables import read_records
@@ -120,7 +128,7 @@ def _study_table(name, out, markdown, figure, dataset, pair, settings, records=N
     if name != 'ablation/subclasses':
         raise ValueError(f'--figure: found {name}; of the ablations only '
                          'ablation/subclasses is a curve')
-    plot_option(frame, where).savefig(figure, dpi=150)
+    _draw(plot_option(frame, where), figure, 150)
 
 def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = False):
     from letkd.results.probes import format_costs, layer_costs
@@ -362,7 +370,6 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
     "Draw what the demo's networks found."
     from letkd.results import analysis
     from letkd.data.batches import Batches
-    from letkd.data.files import make_folder
     from letkd.runs.running import load_run
     known, unseen = (e.load(split).subset(slice(3000)) for split in ('train', e.eval_split))
     distiller, folder = load_run(e, out, device), Path(out)/'figures'
@@ -372,8 +379,7 @@ def demo_figures(e,             # the `Experiment` of a letKD-2 student, finishe
                  assignments=_templates(distiller, known, unseen, on_device),
                  transitions=_subclasses(distiller, known, on_device),
                  curves=(analysis.learning_curves(records), 'top-1 against epochs'))
-    make_folder(folder)
-    for name, (figure, _) in about.items(): figure.savefig(folder/f'{name}.png', dpi=120)
+    for name, (figure, _) in about.items(): _draw(figure, folder/f'{name}.png', 120)
     return [f'{folder/name}.png: {text}' for name, (_, text) in about.items()]
 
 def _term(distiller, name: str): return next(term for term in distiller.terms if term.name == name)

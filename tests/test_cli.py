@@ -243,12 +243,13 @@ def test_a_strange_record_is_shown_among_the_others(settings, note, out, record,
     runs = shutil.copytree(out, tmp_path/'runs', ignore=shutil.ignore_patterns('*.pt'))
     strange = renamed(record[1], **settings)
     (runs/'strange.json').write_text(json.dumps(strange))
-    for style in [], ['--markdown'], ['--figure', str(tmp_path/'figure.png')]:
+    figures = (['--figure', str(tmp_path/name)] for name in ('figure', 'f.svg'))
+    for style in [], ['--markdown'], *figures:
         assert main(['table', strange['dataset'], '--out', str(runs), *style]) == 0
         said = capsys.readouterr().out
         assert 'Not known here' in said and note in said and strange['method'] in said
         assert f'{strange["top1_last"]:.1f} (1)' in said and 'nan' not in said
-    assert (tmp_path/'figure.png').stat().st_size > 5000
+    for file in 'figure.png', 'f.svg': assert (tmp_path/file).stat().st_size > 5000
     for study in 'cifar100', 'ablation/layers':
         assert main(['table', study, '--out', str(runs)]) == 0
     assert main(['reproduce', str(runs/'strange.json'), '--out', str(tmp_path/'again')]) == 2

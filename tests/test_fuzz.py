@@ -35,10 +35,10 @@ from letkd.cli import main
 from letkd.data import imagenet, tiny_imagenet
 from letkd.data.cifar import CIFAR100, cifar100
 from letkd.data.batches import Batches, Images
-from letkd.data.files import md5_of, read_tensors
+from letkd.data.files import digest, md5_of, read_tensors
 from letkd.distiller import Distiller
 from letkd.runs.recipes import DATASETS
-from letkd.runs.experiments import Experiment, digest
+from letkd.runs.experiments import Experiment
 from letkd.runs.records import cached, read_record, save_module
 from letkd.runs.running import load_run, run
 from letkd.layer import KDLayer

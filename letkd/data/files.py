@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'files_below', 'download', 'md5_of', 'fetch',
-           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json']
+           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json', 'digest']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
 import errno, glob, hashlib, io, json, math, os, pickletools, re
@@ -31,6 +31,9 @@ def data_root(root=None, # a folder; None: $LETKD_DATA, or else ~/.cache/letkd
     return Path(root or os.environ.get('LETKD_DATA') or '~/.cache/letkd').expanduser()
 
 # %% ../../nbs/data/files.ipynb #47d3b151
+# a full disk, the end of the user's share of it, and a file above the limit
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
 @contextmanager
 def atomic(path,             # the final name; its folder is made
           ) -> Iterator[Path]: # a temporary path beside it; renamed to it where the block ends well
@@ -45,10 +48,10 @@ def atomic(path,             # the final name; its folder is made
         with open(part, 'rb+') as f: os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        full = getattr(e, 'errno', None) == errno.ENOSPC or f'os error {errno.ENOSPC}' in str(e)
-        if not full: raise
-        # with the file's name
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        full = next((code for code in _FULL if getattr(e, 'errno', None) == code
+                     or f'os error {code})' in str(e)), None)
+        if full is None: raise
+        raise OSError(full, os.strerror(full), str(path)) from None  # with the file's name
     finally:
         part.unlink(missing_ok=True)
 
@@ -310,3 +313,9 @@ def read_json(path) -> dict: # of finite numbers, strings, true, false and null,
     except ValueError as e: raise ValueError(f'{path}: not sound JSON: {_line(e)}') from None
     if isinstance(found, dict): return found
     raise ValueError(f'{path}: found {type(found).__name__}; expected an object of JSON, in braces')
+
+# %% ../../nbs/data/files.ipynb #1a12e44a
+def digest(value,    # anything that JSON can hold
+          ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a value's JSON, keys sorted."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

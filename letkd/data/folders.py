@@ -21,7 +21,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
 from .batches import Augment, Batches, Images, first, hold_out, in_turn, statistics
-from .files import atomic, data_root, make_folder, read_tensors
+from .files import atomic, data_root, digest, make_folder, read_tensors
 from .imagenet import PhotoBatches, Photos, ResizedCrop
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
@@ -81,30 +81,44 @@ def _counted(other: Counter) -> str:
     return f' ({", ".join(f"{n} {ending}" for ending, n in other.most_common(5))})' if other else ''
 
 # %% ../../nbs/data/folders.ipynb #2728d6b5
-_TRAIN, _TESTS = ('train', 'training'), ('test', 'testing', 'val', 'valid', 'validation')
+_WORDS = dict(train=('train', 'training'), test=('test', 'testing'),
+              valid=('val', 'valid', 'validation'))
 
-def _apart(path: Path) -> dict: # {its word: a folder that somebody has split off}
+def _apart(path: Path) -> list: # for training, then testing, then validation, as far as there
     """Folders with the name of a split that hold folders; a class may be called 'train', and
     holds photos."""
-    there = {p.name.lower(): p for p in map(path.joinpath, _folders(path))} if path.is_dir() else {}
-    apart = {word: there[word] for word in (*_TRAIN, *_TESTS)
-             if word in there and _folders(there[word])}
-    if not apart: return {}
-    others = sorted(set(there) - set(apart))
-    if sum(word in _TRAIN for word in apart) == 1 and (len(apart) > 1 or not others): return apart
-    found = ', '.join(f'{p.name}/' for p in apart.values())
+    names, apart = _folders(path) if path.is_dir() else [], []
+    for words in _WORDS.values():
+        found = [name for name in names if name.lower() in words and _folders(path/name)]
+        if len(found) > 1:
+            raise ValueError(f'{path}: found {" and ".join(f"{name}/" for name in found)}; '
+                             'expected one of them')
+        apart += found
+    if not apart: return []
+    others = [name for name in names if name not in apart]
+    if apart[0].lower() in _WORDS['train'] and (len(apart) > 1 or not others):
+        _left_out(path, others, apart)
+        return [path/name for name in apart]
+    found = ', '.join(f'{name}/' for name in apart)
     beside = f', beside {others[:4]}' if others else ''
     raise ValueError(f'{path}: found {found} with folders inside{beside}; expected train/, '
                      'and beside it val/ or test/, or class folders of photos alone')
 
+def _left_out(path: Path, others: list, apart: list): # names of folders, of those that are used
+    left = [*(f'{name}/' for name in others), *sorted(p.name for p in path.iterdir()
+            if p.is_file() and p.name[0] != '.' and _is_photo(p.name))]
+    if left:
+        more = f' and {len(left) - 4} more' if len(left) > 4 else ''
+        warnings.warn(f'{path}: left out {", ".join(left[:4])}{more}; the splits are '
+                      f'{", ".join(f"{name}/" for name in apart)}')
+
+# %% ../../nbs/data/folders.ipynb #5b1ad2c7
 def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
     "The photos of the splits, by the table above."
-    apart = _apart(path)
-    tests = [folder for word, folder in apart.items() if word in _TESTS]
-    train = next((folder for word, folder in apart.items() if word in _TRAIN), path)
-    if tests: known = dict(zip(('train', 'test', 'valid'), map(_listing, (train, *tests))))
-    else: known = dict(zip(('train', 'test'), _parts(_listing(train), .2)))
-    if held_out and len(tests) < 2:
+    folders = _apart(path) or [path]
+    if len(folders) > 1: known = dict(zip(('train', 'test', 'valid'), map(_listing, folders)))
+    else: known = dict(zip(('train', 'test'), _parts(_listing(*folders), .2)))
+    if held_out and 'valid' not in known:
         known |= dict(zip(('train', 'valid'), _parts(known['train'], held_out)))
     for photos in known.values():
         if photos.classes != known['train'].classes:
@@ -121,14 +135,7 @@ def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
     return photos.subset(rest), photos.subset(held)
 
 # %% ../../nbs/data/folders.ipynb #a1c7f007
-def folder_identity(path # of the folder
-                   ) -> str: # 64 hexadecimal digits
-    "A hash of every photo's name and size in bytes, whatever the folder is called."
-    path, found = Path(path).expanduser(), []
-    for split, photos in sorted(_splits(path, 0.).items()):
-        found += sorted([split, os.fsdecode(name), _about(photos, i)[0]]
-                        for i, name in enumerate(photos.names))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+_FORMAT = 'letkd folder 3'
 
 def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last change
     try: about = photos.path(i).stat()
@@ -136,16 +143,34 @@ def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last ch
         raise ValueError(f'{photos.path(i)}: cannot be read ({e.strerror})') from None
     return about.st_size, about.st_mtime_ns
 
-# %% ../../nbs/data/folders.ipynb #fce83c3b
-_FORMAT = 'letkd folder 2'
-# bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
-_LIMIT = 2**31
-
 def _key(photos: Photos) -> str: # 64 hexadecimal digits
     stats = [(os.fsdecode(name), *_about(photos, i)) for i, name in enumerate(photos.names)]
-    about = [_FORMAT, str(photos.folder.resolve()), photos.resolution, stats,
-             photos.labels.tolist()]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return digest([_FORMAT, str(photos.folder.resolve()), photos.resolution, stats,
+                   photos.labels.tolist()])
+
+# %% ../../nbs/data/folders.ipynb #87e6b30b
+def _contents(photos: Photos, root) -> str: # 64 hexadecimal digits
+    "A hash of every photo's name and bytes, from the file, which is made if it is not there."
+    path = data_root(root)/'folders'/f'{_key(photos)}.sha256'
+    make_folder(path.parent)
+    with FileLock(path.with_suffix('.lock')):
+        if not path.exists():
+            each = tqdm(photos.names, str(photos.folder), disable=None)
+            found = sorted((os.fsdecode(name), hashlib.sha256(photos.data(i)).hexdigest())
+                           for i, name in enumerate(each))
+            with atomic(path) as part: part.write_text(digest(found))
+    return path.read_text()
+
+def folder_identity(path,        # of the folder
+                    root = None, # of what is kept, see `letkd.data.files.data_root`
+                   ) -> str:     # 64 hexadecimal digits
+    "A hash of every photo's name and contents, whatever the folder is called."
+    splits = _splits(Path(path).expanduser(), 0.)
+    return digest({split: _contents(photos, root) for split, photos in splits.items()})
+
+# %% ../../nbs/data/folders.ipynb #fce83c3b
+# bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
+_LIMIT = 2**31
 
 def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution x resolution
     """Every photo, decoded and brought to one size; where no size was given, they must have
@@ -170,9 +195,13 @@ def _decode(photos: Photos, given: bool, path: Path):
                       'make room, or choose another place by LETKD_DATA')
     pixels = _squares(photos, given)
     mean, std = statistics(pixels)
-    if min(std) == 0:
+    if max(std) == 0:
         raise ValueError(f'{photos.folder}: found photos of one colour only; '
                          'expected pixels that differ')
+    if (most := int(pixels.max())) < 64:
+        warnings.warn(f'{photos.folder}: the brightest number is {most} of 255; numbers of 10, 12 '
+                      'or 14 bits in files of 16 must be scaled to 16 first')
+    std = tuple(s or 1. for s in std)  # a channel of one value is only shifted
     with atomic(path) as part:
         save_file(dict(images=pixels), part, dict(about=json.dumps(dict(mean=mean, std=std))))
 

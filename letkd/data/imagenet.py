@@ -47,12 +47,15 @@ class Photos:
 
     def path(self, i: int) -> Path: return self.folder/os.fsdecode(self.names[i])
 
+    def data(self, i: int) -> bytes:
+        "The file of photo `i`."
+        try: return self.path(i).read_bytes()
+        except OSError as e:
+            raise ValueError(f'{self.path(i)}: cannot be read ({e.strerror})') from None
+
     def read(self, i: int) -> Tensor: # uint8, 3 x H x W
         "Photo `i` in its own size."
-        path = self.path(i)
-        try: data = path.read_bytes()
-        except OSError as e: raise ValueError(f'{path}: cannot be read ({e.strerror})') from None
-        return decode(data, path)
+        return decode(self.data(i), self.path(i))
 
 # %% ../../nbs/data/imagenet.ipynb #c2b37bd7
 @lru_cache

@@ -202,7 +202,16 @@ def _notes(runs: dict, pair: Experiment, row: str, first: dict
     found += [f'{row}: seed {seed} was made with other {what} than {first["name"]} seed '
               f'{first["seed"]}, by the hashes in their records.'
               for seed, run in runs.items() for what in _unlike(first, run)]
+    start = next(iter(runs.values()), {})
+    found += [f'{row}: seed {seed} was made with another version of {", ".join(files)} than seed '
+              f'{start["seed"]}, by the hashes in their records.'
+              for seed, run in runs.items() if (files := _edited(start, run))]
     return '\n'.join(dict.fromkeys(filter(None, found or [_note(pair, {})])))
+
+# %% ../../nbs/results/tables.ipynb #6689634d
+def _edited(a: dict, b: dict) -> list: # names of the user's files that differ in two records
+    one, other = a.get('imported', {}), b.get('imported', {})
+    return [name for name in one if name in other and one[name] != other[name]]
 
 # {name: (the hash of it, the settings that decide it)}
 _MADE_OF = dict(teachers=('teacher_hash', [k for k in _DEFAULT if k.startswith('teacher')]),
@@ -240,11 +249,17 @@ def _check_like(records: list, others: list): # of two rows
     for key in ('dataset', 'eval_split'):
         if len(found := {r.get(key) for r in (*records, *others)} - {None}) > 1:
             raise ValueError(f'paired: found {" and ".join(sorted(found))}; expected one {key}')
+    for row in (records, others):
+        for r in row:
+            if files := _edited(row[0], r):
+                raise ValueError(f"paired: found seeds {row[0]['seed']} and {r['seed']} of "
+                                 f"different versions of {', '.join(files)}; expected one")
     for a, b in ((a, b) for a in records for b in others if a['seed'] == b['seed']):
         if unlike := _unlike(a, b):
             raise ValueError(f"paired: found different {' and '.join(unlike)} in seed {a['seed']}, "
                              'by the hashes in the records; expected the same')
 
+# %% ../../nbs/results/tables.ipynb #a26e3aa9
 def paired(records: list, # of one row, see `read_records`
            others: list,  # of the row to compare with
            value: str = 'top1_last', # what is compared
@@ -255,7 +270,7 @@ def paired(records: list, # of one row, see `read_records`
     if not 0 < level < 1:
         raise ValueError(f'paired: found the level {level}; expected one between 0 and 1')
     for rows, found in ((records, ours), (others, theirs)):
-        kinds = {(r.get('name'), str(r.get('changed'))) for r in rows}
+        kinds = {row_of(shown(r)) for r in rows}
         if len(found) < len(rows) or len(kinds) > 1:
             raise ValueError(f'paired: found {len(rows)} records of {len(found)} seeds and '
                              f'{len(kinds)} rows; expected the records of one row, each seed once')

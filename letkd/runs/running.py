@@ -17,13 +17,14 @@ from torch import nn
 
 # %% ../../nbs/runs/running.ipynb #72756e04
 import letkd
+from ..data.batches import data_hash
 from ..data.files import read_json
 from ..distiller import Distiller, Setup
 from ..matching import perplexity
 from ..methods import addends, check_method, create_terms
 from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
-from ..models.imports import IMPORTED, versions
+from ..models.imports import IMPORTED, is_own, versions
 from ..models.pairs import places_of
 from ..models.places import natural
 from .checkpoints import locked, write_text
@@ -31,7 +32,7 @@ from .experiments import Experiment, _DATA, _NORMALISATIONS, _identity, _network
 from .meters import LOGS, check_log, evaluate
 from .processes import agreed, processes, rank
 from .recipes import DATASETS
-from .records import _record, _tuples, cached, data_hash, load_module, read_record
+from .records import _record, _tuples, cached, load_module, read_record
 from .records import save_module, seen, weights_hash
 from .training import Training, _plain, train
 from ..taps import capture, grid_of, insert
@@ -55,7 +56,7 @@ def prepare(e: Experiment,                # what to run
             quiet: bool = False,          # no progress, if a teacher has to be trained
             checkpoint_every: str = '5m', # see `letkd.runs.checkpoints.Every`
             log: Optional[str] = None,    # one of `letkd.runs.meters.LOGS`, also of a teacher's run
-           ) -> tuple: # (Training, training images in order, what the record says of the teacher)
+           ) -> tuple: # (Training, training images in order, hashes and more for the record)
     "Build everything a run needs before its first step; this draws from the global generator."
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
@@ -66,7 +67,7 @@ def prepare(e: Experiment,                # what to run
     batches = entry.batches(images, batch_size, _augment(e), **settings)
     plain = entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
-    teacher, made = _teacher(e, len(images.classes), out, device, quiet, checkpoint_every, log)
+    teacher, made = _teacher(e, images, out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
     student = channels_last(create_model(e.student, len(images.classes)).to(device))
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate,
@@ -154,7 +155,6 @@ def run(e: Experiment,                # what to run
             with _log(log, folder, perplexities) as watched:
                 train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet,
                       checkpoint_every, watched)
-            made['data_hash'] = data_hash(plain.images, images)
             return agreed(lambda: _finish(e, training, folder, perplexities, made))
 
 # %% ../../nbs/runs/running.ipynb #d0a7000a
@@ -214,7 +214,7 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
     own = (any(':' in (name or '') for name in (e.student, e.teacher))
-           or any(part.__module__ in IMPORTED for part in addends(e.method)))
+           or any(map(is_own, (DATASETS[e.dataset].load, *addends(e.method)))))
     then, now = record.get('imported', {}), versions()
     if own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
         print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made '
@@ -258,7 +258,8 @@ def load_run(e: Experiment, # of a finished run
     path = Path(out)/e.folder/'student.safetensors'
     if not path.exists(): raise FileNotFoundError(f'{path}: not found; run {e.name} first')
     with torch.random.fork_rng():
-        training, _, _ = prepare(e, out, device, quiet=True)
+        training, _, made = prepare(e, out, device, quiet=True)
+    _check_made(path.parent, _finished(path.parent) or {}, made)
     load_module(training.distiller.student, path)
     return training.distiller.eval()
 
@@ -296,28 +297,38 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
     return top1
 
 # %% ../../nbs/runs/running.ipynb #d0e21649
-def _teacher(e: Experiment, classes: int, out, device, quiet, checkpoint_every, log
-            ) -> tuple: # (network or None, what the record says of it)
-    if not addends(e.method): return None, {}
+def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
+            ) -> tuple: # (network or None, what the record says of the images and of it)
+    unseen, classes = e.load(e.eval_split), len(images.classes)
+    made = dict(data_hash=data_hash(images, unseen))
+    if not addends(e.method): return None, made
     if e.teacher_checkpoint is None:
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
-        teacher = _trained(e, classes, Path(out)/e.of_teacher().folder, record)
-        return (channels_last(teacher.to(device).eval()),
-                dict(teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last']))
+        _check_made(folder := Path(out)/e.of_teacher().folder, record, made)
+        teacher = _trained(e, classes, folder, record)
+        return channels_last(teacher.to(device).eval()), made | dict(
+            teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
     path = e.teacher_checkpoint
     try: teacher = create_model(e.teacher, classes, checkpoint=path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
                                 f'weights of {e.teacher} ({error})') from None
-    teacher, images = channels_last(teacher.to(device).eval()), e.load(e.eval_split)
+    teacher = channels_last(teacher.to(device).eval())
     if e.teacher_normalisation:
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
-        insert(teacher, ':input', Renormalise((images.mean, images.std), wanted).to(device))
+        insert(teacher, ':input', Renormalise((unseen.mean, unseen.std), wanted).to(device))
     file = dict(teacher_file=found) if (found := _file_hash(path)) else {}
-    return teacher, dict(teacher_hash=weights_hash(teacher), **file,
-                         teacher_top1=_top1_of(e, teacher, images.to(device), out))
+    return teacher, dict(made, teacher_hash=weights_hash(teacher), **file,
+                         teacher_top1=_top1_of(e, teacher, unseen.to(device), out))
 
 # %% ../../nbs/runs/running.ipynb #467b8588
+def _check_made(folder: Path, record: dict, made: dict): # of a finished run; what is there now
+    for key, what in dict(data_hash='other images', teacher_hash='another teacher').items():
+        if (then := record.get(key, made.get(key))) != made.get(key):
+            raise ValueError(f'{folder}: found a run that was made from {what} ({key} '
+                             f'{then:.16}...); expected {made[key]:.16}..., of what is there now. '
+                             'Delete it, and it is made again, or choose another folder of runs')
+
 def _trained(e: Experiment, classes: int, folder: Path, record: dict) -> nn.Module: # its teacher
     path = folder/'student.safetensors'
     if not path.exists():
@@ -340,7 +351,10 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
         key = dict(kind=type(supervision).__name__, settings=_plain(supervision), data=data,
                    tap=rows.tap, grid=rows.grid, version=letkd.__version__,
-                   teacher_hash=made['teacher_hash'])
+                   teacher_hash=made['teacher_hash'], data_hash=made['data_hash'])
+        if ':' in e.teacher:  # one of the user's, whose file may compute otherwise since
+            file = IMPORTED.get(e.teacher.partition(':')[0])
+            key |= dict(network=file.files if file else versions())
         # what decides a supervision of the user's may be no plain attribute of it
         if not type(supervision).__module__.startswith('letkd.'):
             key |= dict(imported=versions(), options=e.options)

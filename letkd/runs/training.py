@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
+from ..data.batches import Images, data_hash
 from ..data.files import tensors_hash
+from ..data.imagenet import Photos
 from ..distiller import Distiller
 from ..models.imports import versions
 from .meters import Meter, NonFiniteLoss, Progress, evaluate
@@ -78,7 +80,8 @@ class Training:
             terms=[f'{t.name} ({type(t).__name__}, weight {t.weight:g})' for t in distiller.terms],
             epochs=epochs, steps=self.steps, lr=lr, schedule=schedule, milestones=list(milestones),
             momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, amp=amp,
-            batch_size=getattr(batches, 'batch_size', None), **_details(distiller))
+            batch_size=getattr(batches, 'batch_size', None), **_data(batches),
+            **_details(distiller))
         amp = amp and self.device.type == 'cuda'
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
@@ -89,6 +92,11 @@ class Training:
 def _plain(module: nn.Module) -> dict: # its attributes that are numbers, texts and tuples
     return {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))
             and not k.startswith('_') and k != 'training'}
+
+def _data(batches) -> dict: # a hash of their images and their seed, where they have these
+    images, seed = getattr(batches, 'images', None), getattr(batches, 'seed', None)
+    return dict(images=data_hash(images) if isinstance(images, (Images, Photos)) else None,
+                seed=seed if isinstance(seed, int) else None)
 
 def _details(distiller: Distiller) -> dict: # {name: text} of what decides the losses
     "The plain attributes of terms and of modules in them, and a hash of the teacher."
