@@ -210,6 +210,7 @@ def _notes(runs: dict, pair: Experiment, row: str, first: dict
 
 # %% ../../nbs/results/tables.ipynb #6689634d
 def _edited(a: dict, b: dict) -> list: # names of the user's files that differ in two records
+    if not isinstance(e := shown(a), Stranger) and not e.own: return []  # it needs none
     one, other = a.get('imported', {}), b.get('imported', {})
     return [name for name in one if name in other and one[name] != other[name]]
 

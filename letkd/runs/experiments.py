@@ -19,7 +19,7 @@ from ..data.batches import PADDINGS, Batches, Images
 from ..data.files import digest
 from ..data.imagenet import Photos
 from ..methods import addends, method_options
-from ..models.imports import IMPORTED, nearest, versions
+from ..models.imports import IMPORTED, is_own, nearest, versions
 from ..models.pairs import pair_taps
 from ..models.zoo import outline
 from .recipes import DATASETS, RECIPES, _original
@@ -312,6 +312,11 @@ def _identity(e: Experiment) -> dict: # what identifies its data, instead of the
     return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
 
 # %% ../../nbs/runs/experiments.ipynb #75bb6d50
+@patch(as_prop=True)
+def own(self: Experiment) -> bool: # whether it needs a network, method or data of your own files
+    return (any(':' in (name or '') for name in (self.student, self.teacher))
+            or any(map(is_own, (DATASETS[self.dataset].load, *addends(self.method)))))
+
 @patch
 def of_teacher(self: Experiment) -> Experiment: # whose network is this one's teacher
     shared = {key: getattr(self, key) for key in _SHARED}

@@ -24,7 +24,7 @@ from ..matching import perplexity
 from ..methods import addends, check_method, create_terms
 from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
-from ..models.imports import IMPORTED, is_own, versions
+from ..models.imports import IMPORTED, versions
 from ..models.pairs import places_of
 from ..models.places import natural
 from .checkpoints import locked, write_text
@@ -213,10 +213,8 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     if file and rank() == 0 and _file_hash(e.teacher_checkpoint) not in (file, ''):
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
-    own = (any(':' in (name or '') for name in (e.student, e.teacher))
-           or any(map(is_own, (DATASETS[e.dataset].load, *addends(e.method)))))
     then, now = record.get('imported', {}), versions()
-    if own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
+    if e.own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
         print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made '
               'again; delete it for a new run', file=sys.stderr)
     return record
