@@ -140,7 +140,7 @@ _saving = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks',
                   lambda _: None)
 
 # a selective checkpoint keeps the results of some operations, in their order
-_no_modes = getattr(torch.utils._python_dispatch, '_disable_current_modes', nullcontext)
+_bare = getattr(torch.utils._python_dispatch, '_disable_current_modes', nullcontext)
 
 def _computed_again() -> bool:
     # does someone else keep saved tensors, as checkpoint(use_reentrant=False) does?
@@ -149,7 +149,7 @@ def _computed_again() -> bool:
 @patch
 def _loss_alone(self: KDLayer, rows: Tensor, target) -> Tensor:
     "The loss, whose saved tensors are kept as they are."
-    with _no_modes(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+    with _bare(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         return self._function(rows)(rows, self.templates, None, self.scale, None, None,
                                     0., target)[1]
 
