@@ -144,16 +144,17 @@ class _Function(nn.Module):
 
     def forward(self, images):
         if self.looked: return self.function(images)
-        found, see = [], lambda module, args: found.append(module)
-        handle = register_module_forward_pre_hook(see)
+        handle = register_module_forward_pre_hook(_check_mode)
         try: out = self.function(images)
         finally: handle.remove()
-        learning = [type(m).__name__ for m in found if m.training]
-        if learning:
-            raise ValueError(f'teacher: found a function that calls a {learning[0]} in train '
-                             'mode; expected networks in eval mode, by network.eval()')
         self.looked = True
         return out
+
+def _check_mode(module: nn.Module, args):
+    state = [*module.parameters(), *module.buffers()]
+    if module.training and (state or isinstance(module, nn.modules.dropout._DropoutNd)):
+        raise ValueError(f'teacher: found a function that calls a {type(module).__name__} '
+                         'in train mode; expected networks in eval mode, by network.eval()')
 
 def as_module(teacher # a network, a function of images, or None
              ) -> Optional[nn.Module]: # the network
