@@ -126,6 +126,14 @@ class Distiller(nn.Module):
         if self.memory is not None: self.memory = [fn(x) for x in self.memory]
         return super()._apply(fn, recurse)
 
+# %% ../nbs/distiller.ipynb #29cdeaf1
+@patch
+def __setattr__(self: Distiller, name, value):
+    if name == 'teacher':
+        raise AttributeError('teacher: terms are fitted on one teacher; make a new '
+                             'Distiller, with new terms')
+    nn.Module.__setattr__(self, name, value)
+
 # %% ../nbs/distiller.ipynb #8e1c0a01
 @patch
 def taps(self: Distiller,
