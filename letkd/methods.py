@@ -227,7 +227,6 @@ def _elsewhere(setup: Setup,
                          f'that of {last!r}. Choose {" and ".join(names)}; '
                          'letkd.models.places.natural shows the usual places')
 
-
 # %% ../nbs/methods.ipynb #19e1c004
 def _other_classes(setup: Setup, terms: list) -> Iterator[Exception]:
     "The errors of labels and of the classes of both networks, if there is a batch to look at."

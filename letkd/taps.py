@@ -496,7 +496,6 @@ def unwritten(images: Tensor): # what a network gets inside the block
         raise ValueError('images: found that the network writes into them, as by x -= mean, '
                          'which changes them for everyone; expected x = x - mean')
 
-
 # %% ../nbs/taps.ipynb #0341ebb2
 def _enlarged(model, tap, images) -> tuple:
     """(shape of the map of an image of twice the size, that size, None), or (None, None, why)
@@ -542,7 +541,6 @@ def _check_order(model, tap, layout: Layout, x, images):
         raise ValueError(f'tap {tap!r}: found tokens that are not in reading order: a change in '
                          'a quarter of the image moves those of another quarter most. Tap a '
                          f"place where they are; if they are here, say so: '{tap}@{layout}'")
-
 
 # %% ../nbs/taps.ipynb #29f01f85
 def find_layout(

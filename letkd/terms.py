@@ -131,7 +131,6 @@ def targets(self: SupervisedLayer, maps: Maps, batch: Batch
     labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
     return {self.student_tap: self.supervision.target(t, labels)}
 
-
 # %% ../nbs/07_terms.ipynb #08fafdd6
 #| code-fold: true
 @patch

@@ -267,9 +267,8 @@ class Silent(nn.Sequential):
 
 def test_a_train_method_may_return_nothing():
     student, teacher = (Silent(*network.children()) for network in networks())
-    taps = dict(zip(('penultimate', 'intermediate'), [(n, n) for n in ('1', '0')]))
-    terms = create_terms('letkd2', student, teacher, data(), **taps, num_prototypes=6, num_dims=3,
-                         per_class=2)
+    terms = create_terms('letkd2', student, teacher, data(), ('1', '1'), ('0', '0'),
+                         num_prototypes=6, num_dims=3, per_class=2)
     distiller = Distiller(student, teacher, terms)
     fold_teacher(distiller)
     assert all(np.isfinite(v) for v in losses(distiller, *data()[0]).values())

@@ -82,7 +82,7 @@ def _check_images(x):
     for name in ('mean', 'std') if x.mean or x.std else ():
         if len(getattr(x, name)) != 3:
             raise ValueError(f'{name} must have 3 numbers, one a channel, found {getattr(x, name)}')
-    if max(*x.mean, *x.std, 0, 0) > 1:
+    if max((*x.mean, *x.std), default=0) > 1:
         raise ValueError(f'mean and std: found {x.mean} and {x.std}; expected units of full '
                          'intensity, 0 .. 1')
     if not np.isfinite(x.mean).all():

@@ -183,7 +183,8 @@ def _with_layer(plain: nn.Module, tap: str, templates: int, images: Tensor
     with evaluating(plain), capture(plain, [tap]) as maps: plain(images[:1])
     model = copy.deepcopy(plain)
     insert(model, tap, KDLayer(rows(maps[tap]).shape[1], templates).to(images.device))
-    return model.eval()
+    model.eval()
+    return model
 
 # %% ../../nbs/results/probes.ipynb #d2d88dd3
 def layer_costs(student: str,             # a name that `create_model` and `places_of` know

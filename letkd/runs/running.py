@@ -35,7 +35,7 @@ from .recipes import DATASETS
 from .records import _record, _tuples, cached, load_module, read_record
 from .records import save_module, seen, weights_hash
 from .training import Training, _plain, train
-from ..taps import capture, grid_of, insert
+from ..taps import capture, evaluating, grid_of, insert
 
 # %% ../../nbs/runs/running.ipynb #21e1c001
 def _device(device: Optional[str]) -> torch.device:
@@ -116,9 +116,9 @@ def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than
     prototypes. Some networks cannot run without weights and are not checked."""
     wanted = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0)
-    model = _network(e.student).eval()
+    model = _network(e.student)
     try:
-        with torch.no_grad(), capture(model, e.penultimate[:1]) as maps:
+        with evaluating(model), capture(model, e.penultimate[:1]) as maps:
             model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
         height, width = grid_of(maps[e.penultimate[0]])
     except Exception: return
@@ -304,14 +304,16 @@ def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
         _check_made(folder := Path(out)/e.of_teacher().folder, record, made)
         teacher = _trained(e, classes, folder, record)
-        return channels_last(teacher.to(device).eval()), made | dict(
+        teacher.eval()  # alone, since some `train` methods return nothing
+        return channels_last(teacher.to(device)), made | dict(
             teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
     path = e.teacher_checkpoint
     try: teacher = create_model(e.teacher, classes, checkpoint=path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
                                 f'weights of {e.teacher} ({error})') from None
-    teacher = channels_last(teacher.to(device).eval())
+    teacher = channels_last(teacher.to(device))
+    teacher.eval()
     if e.teacher_normalisation:
         wanted = _NORMALISATIONS.get(e.teacher_normalisation, e.teacher_normalisation)
         insert(teacher, ':input', Renormalise((unseen.mean, unseen.std), wanted).to(device))
