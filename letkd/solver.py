@@ -40,6 +40,14 @@ def _number(name, x, like):
 
 # %% ../nbs/02_solver.ipynb #7edbe778
 #| code-fold: true
+def _in_range(total):
+    "`total`, a sum over the templates, if it is finite."
+    if not total.isfinite().all():
+        raise ValueError("epsilon is too large, expected sums of epsilon and of "
+                         f"epsilon (S - mu) that {total.dtype} can hold: use match_linear "
+                         "for an infinite epsilon")
+    return total
+
 def _margins(scores, mu, epsilon=None):
     "Checked margins s = S - mu and sharpness, both ... x K, in float32 or wider."
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -180,17 +188,20 @@ def match_quadratic(
     """argmax of sum_k p_k (S_k - mu_k) - sum_k p_k**2 / (2 epsilon_k)
     over p, q >= 0 with q + sum_k p_k = 1."""
     s, e = _margins(scores, mu, epsilon)
-    spent = (e * F.relu(s)).sum(-1, keepdim=True)
-    binds = spent > 1
-    best = torch.where(binds, s.detach().amax(-1, keepdim=True), 0.)
-    s = s - best
+    spent = _in_range((e * F.relu(s)).sum(-1, keepdim=True))
+    binds = spent > 1 + 8 * torch.finfo(s.dtype).eps
     ranked, order = s.sort(-1, descending=True)
     weight = e.gather(-1, order)
-    # one candidate for each prefix
-    lam = ((weight * ranked).cumsum(-1) - 1) / weight.cumsum(-1)
-    lam = torch.where(binds, lam.max(-1, keepdim=True).values, 0.)
-    p, q = e * F.relu(s - lam), torch.where(binds, 0., 1 - spent)
-    solution = p, q[..., 0], F.relu(lam + best)[..., 0]
+    total = _in_range(weight.cumsum(-1))
+    def price(at): # of the margins that are left at a price; a candidate for each prefix
+        found = ((weight * (ranked - at)).cumsum(-1) - 1) / total
+        return torch.where(binds, found.amax(-1, keepdim=True), 0.)
+    with torch.no_grad():
+        at = price(torch.zeros_like(spent))
+        at = at + price(at)
+    lam = price(at)  # what is left of it, and the gradient
+    p, q = e * F.relu(s - at - lam), F.relu(torch.where(binds, 0., 1 - spent))
+    solution = p, q[..., 0], F.relu(at + lam)[..., 0]
     return Assignment(*(t.to(scores.dtype) for t in solution))
 
 # %% ../nbs/02_solver.ipynb #e1b769a0
@@ -292,5 +303,5 @@ def layer_scale(
 ) -> Tensor:           # scalar c; 1 where nothing is assigned at all
     """c = 1 / max_n sum_k A_nk: the greatest scale that leaves the budget slack
     on every row."""
-    most = assigned.sum(-1).amax()
+    most = _number("A", assigned, assigned).sum(-1).amax()
     return torch.where(most > 0, 1 / most, 1.)
