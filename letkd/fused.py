@@ -13,7 +13,6 @@ from typing import Callable, Iterator, Optional
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .matching import PrototypeTarget, TableTarget, kd_layer, precise, unit
 
@@ -148,18 +147,13 @@ class _Prototypes:
         return p, t.sub_(s).mul_(p).sum(1, keepdim=True) - lse, 1
 
 # %% ../nbs/fused.ipynb #002876eb
-_TABLES = WeakTensorKeyDictionary() # table: (its version, sums of p log2 p, masses)
-
 def _negentropy(p: Tensor) -> Tensor: # rows x 1
     return p.clamp_min(torch.finfo(p.dtype).tiny).log2_().mul_(p).sum(1, keepdim=True)
 
 def _of_table(table: Tensor) -> tuple: # (sums of p log2 p, masses), R x 1 each
-    version = -1 if table.is_inference() else table._version
-    if version < 0 or _TABLES.get(table, (-1,))[0] != version:
-        pieces = [precise(t) for t in table.split(max(1, 2**18 // table.shape[1]))]
-        _TABLES[table] = (version, torch.cat([_negentropy(t) for t in pieces]),
-                          torch.cat([t.sum(1, keepdim=True) for t in pieces]))
-    return _TABLES[table][1:]
+    pieces = [precise(t) for t in table.split(max(1, 2**18 // table.shape[1]))]
+    return (torch.cat([_negentropy(t) for t in pieces]),
+            torch.cat([t.sum(1, keepdim=True) for t in pieces]))
 
 # %% ../nbs/fused.ipynb #5b8fe50c
 class _Table:
@@ -304,6 +298,7 @@ class _Matching(torch.autograd.Function):
 # %% ../nbs/fused.ipynb #b75d5d0e
 def _for_the_plain_form(x, norm, alpha, target, templates) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = traced or torch._C._are_functorch_transforms_active()
     if traced or x.device.type not in ('cpu', 'cuda'): return True
     n, k = len(x), len(templates)
     if target is not None:
