@@ -7,7 +7,7 @@ __all__ = ['KDLayer', 'Losses', 'supervised', 'FoldedKDLayer', 'folded']
 
 # %% ../nbs/04_layer.ipynb #f5142d14
 #| code-fold: true
-import copy
+import copy, math
 from contextlib import contextmanager, nullcontext
 from typing import Iterator
 
@@ -57,6 +57,10 @@ class KDLayer(nn.Module):
             if found < 1:
                 raise ValueError(f'KDLayer: found {name} = {found}; '
                                  'expected at least 1')
+        for name, found in dict(alpha=alpha, scale=scale).items():
+            if not math.isfinite(found):
+                raise ValueError(f'KDLayer: found {name} = {found}; '
+                                 'expected a finite number')
         super().__init__()
         self.channels, self.alpha = channels, float(alpha)
         self.init_scale = float(scale)
@@ -164,10 +168,15 @@ def _node(layer: nn.Module, x: fx.Proxy
 #| code-fold: true
 class _Together(torch.autograd.Function):
     "Features and loss unchanged; their gradients enter the layer at the same time."
+    generate_vmap_rule = True
     @staticmethod
-    def forward(ctx, out, loss): return out.clone(), loss.clone()
+    def forward(out, loss): return out.clone(), loss.clone()
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
     @staticmethod
     def backward(ctx, dout, dloss): return dout, dloss
+    @staticmethod
+    def jvp(ctx, dout, dloss): return dout.clone(), dloss.clone()
 
 # %% ../nbs/04_layer.ipynb #b88ad91f
 #| code-fold: true
@@ -225,7 +234,8 @@ def _check_supervised(targets: dict, losses: Losses):
         raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. '
                            'Is it inserted into the student, and did the student run '
                            'within the block?')
-    if not torch.is_grad_enabled(): return
+    transformed = torch._C._are_functorch_transforms_active()  # they look after gradients
+    if transformed or not torch.is_grad_enabled(): return
     if dead := [_line(l) for l, loss in losses.items()
                 if not loss.requires_grad and l.templates.requires_grad]:
         raise RuntimeError(f'supervised: {", ".join(dead)} ran without gradients, so '
