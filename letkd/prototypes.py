@@ -147,7 +147,7 @@ def one_thread():
 def distinct(rows: Tensor # N x C
             ) -> tuple: # (D x C array: each row once, as first met; D counts)
     "The rows without repetition, and how often each occurs."
-    x = np.ascontiguousarray(rows.numpy())
+    x = np.ascontiguousarray(rows.numpy() + 0)  # a zero has no sign
     _, first, counts = np.unique(x.view(f'V{x.shape[1] * x.itemsize}').ravel(),
                                  return_index=True, return_counts=True)
     order = first.argsort()

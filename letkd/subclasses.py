@@ -47,10 +47,10 @@ class Moments:
 @patch
 def scatter(self: Moments) -> tuple: # mean, B, W
     "The overall mean, the scatter between classes and the scatter within them."
-    n = self.counts.sum()
+    n, seen = self.counts.sum(), self.counts[self.counts > 0, None]
     mean = self.sums.sum(0) / n
-    means = self.sums / self.counts[:, None] - mean
-    between = (means * self.counts[:, None] / n).T @ means
+    means = self.sums[self.counts > 0] / seen - mean
+    between = (means * seen / n).T @ means
     within = self.products / n - np.outer(mean, mean) - between
     return mean + self.shift, between, within
 
@@ -190,7 +190,7 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
     directions, values = lda_map(between, within, min(num_dims, len(counts) - 1))
     tensors = (torch.from_numpy(np.ascontiguousarray(a)).float()
                for a in (mean, directions, values[:len(counts) - 1]))
-    return *tensors, len(counts)
+    return *tensors, counts
 
 # %% ../nbs/06_subclasses.ipynb #34ecf92e
 #| code-fold: true
@@ -233,13 +233,15 @@ def fit(self: SubClasses,
                         'list or letkd.taps.stream')
     pieces = Remembered(lambda: checked(stream, True, self.num_classes,
                                         'teacher features'), self.memory)
-    mean, projection, eigenvalues, classes = _fit_lda(pieces, self.num_dims,
-                                                      self.per_class, self.num_classes)
+    mean, projection, eigenvalues, counts = _fit_lda(pieces, self.num_dims,
+                                                     self.per_class, self.num_classes)
+    classes = len(counts)
     def projected():
         for rows, labels in blocks(pieces):
             with one_thread(): z = _project(rows.double(), mean, projection).float()
             yield z, labels
     z, labels = sample(projected(), self.memory, self.seed)
+    self._check_sample(labels, counts)
     prototypes = split_classes(z, labels, classes, self.per_class, self.max_iter,
                                self.seed)
     self.transition, sizes = transition_matrix(projected(), prototypes, self.per_class)
@@ -247,6 +249,18 @@ def fit(self: SubClasses,
     self.eigenvalues, self.prototypes = eigenvalues, prototypes
     self.sizes = sizes.view(classes, self.per_class)
     return self
+
+# %% ../nbs/06_subclasses.ipynb #ca5c3409
+#| code-fold: true
+@patch
+def _check_sample(self: SubClasses, labels: Tensor, counts: np.ndarray):
+    held = np.bincount(labels.numpy(), minlength=len(counts))
+    few = [f'{n} of the {counts[y]} rows of class {y}' for y, n in enumerate(held)
+           if n < self.per_class]
+    if few:
+        raise ValueError(f'SubClasses: found {", ".join(few)} in the sample that '
+                         f'memory = {self.memory:,} bytes can hold; expected at least '
+                         f'per_class = {self.per_class} of each. Give it more memory')
 
 # %% ../nbs/06_subclasses.ipynb #bc46e0d4
 #| code-fold: true
