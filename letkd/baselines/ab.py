@@ -104,7 +104,7 @@ def _map(x: Tensor) -> Tensor: # B x C x h x w, also of tokens, whose class toke
 def ab(setup: Setup,               # what it is built for
        # pairs (student's tap, teacher's tap) of stages, or of values before ReLU, see `before_relu`
        boundaries: tuple = STAGES,
-       # share of the training in which nothing else is learnt: 30 of 240 epochs
+       # share of the training before cross-entropy, but not other parts of a sum: 30 of 240 epochs
        alone: float = 30 / 240,
        margin: float = 1.,         # µ
        ab_weight: float = 1.,      # as in RepDistiller

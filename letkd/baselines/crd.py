@@ -59,11 +59,11 @@ def forward(self: Bank,
             picks: Tensor, # B x (1+K), places in the training set; the own image's first
            ) -> Tensor:    # scalar
     "The judge's loss on these comparisons (equation 2)."
-    known = self.known.clone() if self.training else self.known
+    known, z = precise(self.known.clone() if self.training else self.known), precise(self.log_z)
     scores = (v @ known.T).gather(1, picks) / self.temperature
     each = _from_all(scores.detach().flatten().logsumexp(0)[None])
     mean = each.logsumexp(0) - math.log(len(each) * scores.numel())
-    log_z = torch.where(self.log_z.isnan(), mean + math.log(len(known)), self.log_z)
+    log_z = torch.where(z.isnan(), mean + math.log(len(known)), z)
     if self.training: self.log_z.copy_(log_z)
     return nce(scores, log_z, len(known))
 
@@ -74,7 +74,8 @@ def update(self: Bank, index: Tensor, # B places in the training set
            v: Tensor,                 # B x D
           ):
     index, v = _from_all(index), _from_all(v)
-    self.known[index] = unit(self.momentum * self.known[index] + (1 - self.momentum) * v)
+    mixed = unit(self.momentum * precise(self.known[index]) + (1 - self.momentum) * v)
+    self.known[index] = mixed.to(self.known.dtype)
 
 # %% ../../nbs/baselines/crd.ipynb #bbbe16f7
 class Others(nn.Module):
@@ -171,8 +172,9 @@ def picks(self: Contrast, batch: Batch
 def forward(self: Contrast, maps: Maps, batch: Batch) -> Tensor:
     (s,), (t,), picks = self.student_taps, self.teacher_taps, self.picks(batch)
     with torch.autocast(batch.labels.device.type, enabled=False):
-        v_s = unit(self.embed_s(precise(rows(maps.student[s], (1, 1)))))
-        v_t = unit(self.embed_t(precise(rows(maps.teacher[t], (1, 1)))))
+        v_s, v_t = (unit(precise(embed(rows(x, (1, 1)).to(embed.weight.dtype))))
+                    for embed, x in ((self.embed_s, maps.student[s]),
+                                     (self.embed_t, maps.teacher[t])))
         loss = self.bank_t(v_s, picks) + self.bank_s(v_t, picks)
     if self.training:
         for bank, v in ((self.bank_s, v_s), (self.bank_t, v_t)): bank.update(batch.index, v)

@@ -58,7 +58,7 @@ class Flow(Term):
 def fsp(setup: Setup,                                # what it is built for
         stages: tuple = STAGES, # pairs (student's tap, teacher's tap), in the order of the flow
         stem: tuple = ('relu', 'relu'),              # the pair of taps before the first stage
-        # share of the training in which nothing else is learnt: 30 of 240 epochs
+        # share of the training before cross-entropy, but not other parts of a sum: 30 of 240 epochs
         alone: float = 30 / 240,
         fsp_weight: float = 1., # as RepDistiller has it in that phase
        ) -> list:                                    # of terms

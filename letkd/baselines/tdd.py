@@ -154,7 +154,7 @@ class TreeDecisions(Term):
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         loss = 0.
         for tap, tree, decide in zip(self.student_taps, self.trees, self.deciders):
-            z = precise(decide(precise(rows(maps.student[tap], (1, 1)))))
+            z = precise(decide(rows(maps.student[tap], (1, 1)).to(decide.weight.dtype)))
             loss = loss + F.cross_entropy(z, tree.coarse[batch.classes], 1 / tree.sizes.to(z.dtype))
         return loss
 
