@@ -308,6 +308,8 @@ def forward(self: Distiller,
     maps.student = as_maps(self.student, maps.student, batch.images,
                            self.layouts['student'])
     if not self.looked: self._look(maps, batch)
+    # a GPU would have to wait for the answer
+    elif batch.labels.device.type == 'cpu': _check_range(maps.student_logits, batch)
     found = {term.name: term(maps, batch) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
     weighted = {term.name: term.weight * found[term.name] for term in self.terms}
@@ -404,7 +406,9 @@ def targets(self: Distiller,
             labels: Optional[Tensor] = None, # B, where a supervision needs them
            ) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
-    return self._targets(Maps(), self.batch(images, labels))
+    alone = labels is None and isinstance(images, Tensor)
+    batch = Batch(images, None) if alone else self.batch(images, labels)
+    return self._targets(Maps(), batch)
 
 @patch(as_prop=True)
 def layers(self: Distiller) -> dict: # {tap: KDLayer}
@@ -473,13 +477,21 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
     if y.ndim == 2 and y.shape[1] != z.shape[1]:
         raise ValueError(f'labels: found shares of {y.shape[1]} classes; the student '
                          f'knows {z.shape[1]}')
-    if batch.index is not None and batch.index.min() < 0:
-        raise ValueError(f'index: found {int(batch.index.min())}; expected places in the '
-                         'training set, from 0 on')
-    if y.ndim == 1 and not 0 <= y.min() <= y.max() < z.shape[1]:
-        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; '
-                         f'expected 0 to {z.shape[1] - 1}, the classes of the student')
+    t = maps.teacher_logits
+    if t is not None and (t.ndim != 2 or len(t) != count):
+        raise ValueError(f'teacher: found an output of shape {tuple(t.shape)}; '
+                         f'expected logits B x Y of {count} images')
+    _check_range(z, batch)
     self.looked = True
+
+def _check_range(logits: Tensor, batch: Batch):
+    y, index = batch.labels, batch.index
+    if index is not None and index.min() < 0:
+        raise ValueError(f'index: found {int(index.min())}; expected places in the '
+                         'training set, from 0 on')
+    if y.ndim == 1 and not 0 <= y.min() <= y.max() < logits.shape[1]:
+        raise ValueError(f'labels: found {y.min().item()} to {y.max().item()}; expected '
+                         f'0 to {logits.shape[1] - 1}, the classes of the student')
 
 # %% ../nbs/distiller.ipynb #8e1c0b05
 @patch
@@ -547,10 +559,8 @@ class CrossEntropy(Term):
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
         if self.silent(batch): return precise(maps.student_logits).new_zeros(())
-        if batch.labels.ndim == 1:
-            return F.cross_entropy(maps.student_logits, batch.labels)
-        z = precise(maps.student_logits)
-        return F.cross_entropy(z, batch.labels.to(z.dtype))
+        z, y = precise(maps.student_logits), batch.labels
+        return F.cross_entropy(z, y if y.ndim == 1 else y.to(z.dtype))
 
 # %% ../nbs/distiller.ipynb #112c790f
 # the places in ResNets for CIFAR
@@ -589,9 +599,22 @@ def _run(side: str,       # 'student' or 'teacher'
         except Exception as error:
             size = ' x '.join(map(str, images.shape[1:]))
             raise ValueError(f"{side}'s network, a {type(model).__name__}, does not take "
-                             f'images of {size}: {error}. Create it for this size, '
-                             'such as with image_size=32 or img_size=32, '
-                             'or resize the images') from error
+                             f'images of {size}, {images.dtype}: {error}. '
+                             f'{_advice(model, images)}') from error
+
+def _advice(model: nn.Module, images: Tensor) -> str: # where a pass has failed
+    like = next((p.dtype for p in model.parameters() if p.is_floating_point()),
+                images.dtype)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)),
+                 images.shape[1])
+    if like != images.dtype:
+        return f'Its weights are {like}: give network and images one type'
+    if first != images.shape[1]:
+        return (f'Its first convolution takes {first} channels: give it images of as '
+                f'many, such as images.expand(-1, {first}, -1, -1) of grey ones')
+    return ('Create it for this size, such as with image_size=32 or img_size=32, or '
+            'resize the images; if it takes anything but one tensor, wrap it in a '
+            'module that does')
 
 # %% ../nbs/distiller.ipynb #8e1c0c01
 @patch(as_prop=True)
@@ -613,7 +636,11 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
     "How many classes a network knows."
     model, images = getattr(self, side), self.first[0]
     if not is_exported(model): images = images[:2]  # a size may be fixed there
-    return logits_of(_run(side, model, images), side, self.output).shape[1]
+    z = logits_of(_run(side, model, images), side, self.output)
+    if z.ndim != 2 or len(z) != len(images):
+        raise ValueError(f'{side}: found an output of shape {tuple(z.shape)}; '
+                         f'expected logits B x Y of {len(images)} images')
+    return z.shape[1]
 
 # %% ../nbs/distiller.ipynb #4067f49c
 @patch
