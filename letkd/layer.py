@@ -112,6 +112,10 @@ def _last(self: KDLayer, x: Tensor) -> Tensor:
         raise ValueError(f'KDLayer: found {x.shape[-1]} channels; expected '
                          f'{self.channels}. Build it with the channels of the map '
                          'behind which it stands')
+    if self.alpha and self.semantics is None:
+        raise ValueError(f'KDLayer: found alpha = {self.alpha:g} in a layer that was made '
+                         'with alpha = 0 and has no second 1x1; make it with another '
+                         'alpha, which may be set to 0 later')
     return x
 
 def _like(rows: Tensor, last: Tensor, x: Tensor
