@@ -172,12 +172,15 @@ def statistics(pixels, # uint8, N x 3 x H x W
     return tuple((mean / 255).tolist()), tuple((variance.sqrt() / 255).tolist())
 
 # %% ../../nbs/data/batches.ipynb #c61aef6d
-def data_hash(*splits # `Images`; or `Photos`, by names, labels and resolution
+def data_hash(*splits # `Images`; or `Photos`, by names, labels and the squares made of them
              ):  # 64 hexadecimal digits
     "SHA-256 of the data of a run."
     parts = [(k, v) for split in splits for k, v in vars(split).items()
              if k in ('images', 'labels', 'names')]
-    return digest([tensors_hash(parts), *(getattr(split, 'resolution', None) for split in splits)])
+    squares = [getattr(split, 'resolution', None) for split in splits]
+    # ImageNet's are not told: hashes of earlier versions stay what they are
+    squares += [split.central for split in splits if getattr(split, 'central', .875) != .875]
+    return digest([tensors_hash(parts), *squares])
 
 # %% ../../nbs/data/batches.ipynb #a26231c9
 PADDINGS = ('reflect', 'zeros')

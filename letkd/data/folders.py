@@ -17,12 +17,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
 from .batches import Augment, Batches, Images, first, hold_out, in_turn, statistics
 from .files import atomic, data_root, digest, make_folder, read_tensors
-from .imagenet import PhotoBatches, Photos, ResizedCrop
+from .imagenet import PhotoBatches, Photos, ResizedCrop, _transform
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
 ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff',
@@ -74,7 +73,7 @@ def _listing(folder: Path) -> Photos: # the classes in turn
                       f'folders{_counted(other)}')
     names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
     order = in_turn(labels)
-    return Photos(folder, names[order], labels[order], tuple(classes))
+    return Photos(folder, names[order], labels[order], tuple(classes), central=1.)
 
 # %% ../../nbs/data/folders.ipynb #781f3fb7
 def _counted(other: Counter) -> str:
@@ -161,29 +160,39 @@ def _contents(photos: Photos, root) -> str: # 64 hexadecimal digits
             with atomic(path) as part: part.write_text(digest(found))
     return path.read_text()
 
-def folder_identity(path,        # of the folder
-                    root = None, # of what is kept, see `letkd.data.files.data_root`
-                   ) -> str:     # 64 hexadecimal digits
-    "A hash of every photo's name and contents, whatever the folder is called."
-    splits = _splits(Path(path).expanduser(), 0.)
-    return digest({split: _contents(photos, root) for split, photos in splits.items()})
-
-# %% ../../nbs/data/folders.ipynb #fce83c3b
 # bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
 _LIMIT = 2**31
 
+def _is_large(known: dict, resolution: Optional[int]) -> bool: # known: of `_splits`
+    side = resolution or min(known['train'].read(0).shape[1:])
+    return max(map(len, known.values())) * 3 * side**2 > _LIMIT
+
+# %% ../../nbs/data/folders.ipynb #f89e8de7
+def folder_identity(path,        # of the folder
+                    root = None, # of what is kept, see `letkd.data.files.data_root`
+                    resolution: Optional[int] = None, # as `folder` takes it
+                    held_out: float = 0.,             # the same
+                   ) -> str:     # 64 hexadecimal digits
+    """A hash of every photo's name and contents, and of the squares that are seen of them,
+    whatever the folder is called."""
+    path = Path(path).expanduser()
+    found = {split: _contents(photos, root) for split, photos in _splits(path, 0.).items()}
+    # smaller sets, whose squares have always been these, keep their names
+    if _is_large(_splits(path, held_out), resolution): found['central'] = 1.
+    return digest(found)
+
+# %% ../../nbs/data/folders.ipynb #fce83c3b
 def _squares(photos: Photos, given: bool) -> Tensor: # uint8, N x 3 x resolution x resolution
     """Every photo, decoded and brought to one size; where no size was given, they must have
     it already."""
-    size = photos.resolution
-    shape = Compose([Resize(size, antialias=True), CenterCrop(size)])
+    size, square = photos.resolution, _transform(photos, None)
     pixels = torch.empty(len(photos), 3, size, size, dtype=torch.uint8)
     for i in tqdm(range(len(photos)), str(photos.folder), disable=None):
         x = photos.read(i)
         if not given and x.shape[1:] != (size, size):
             raise ValueError(f'{photos.path(i)}: found {x.shape[2]} x {x.shape[1]} pixels, others '
                              f'have {size} x {size}; give a resolution, such as resolution={size}')
-        pixels[i] = shape(x)
+        pixels[i] = square(x)
     return pixels
 
 # %% ../../nbs/data/folders.ipynb #8cc8f9d5
@@ -246,7 +255,7 @@ def folder(split: str,          # 'train', 'valid' or 'test', see the table abov
     side = resolution or _resolution(known['train'])
     known = {name: replace(photos, resolution=side) for name, photos in known.items()}
     photos, train = known[split], known['train']
-    if max(map(len, known.values())) * 3 * side**2 > _LIMIT:
+    if _is_large(known, side):
         _, mean, std = _cached(first(train, min(2000, len(train))), given, root)
         return first(replace(photos, mean=mean, std=std), size)
     _, mean, std = _cached(train, given, root)

@@ -36,6 +36,8 @@ class Photos:
     mean: tuple = (.485, .456, .406) # of the training pixels, in units of full intensity
     std: tuple = (.229, .224, .225)  # standard deviation of the same
     device: torch.device = torch.device('cpu') # where batches are made
+    # share of the shorter side that the centre is, where a network is evaluated
+    central: float = 224 / 256
 
     def __len__(self): return len(self.names)
 
@@ -44,6 +46,11 @@ class Photos:
     def subset(self, indices):
         "The photos at `indices`: a slice or a tensor of integers."
         return replace(self, names=self.names[indices], labels=self.labels[indices])
+
+    @property
+    def resize(self) -> int:
+        "The pixels of the shorter side before the centre is taken for evaluation."
+        return int(self.resolution / self.central)
 
     def path(self, i: int) -> Path: return self.folder/os.fsdecode(self.names[i])
 
@@ -113,7 +120,7 @@ def _transform(photos: Photos, augment: Optional[ResizedCrop]):
     "From a photo to a square, uint8 both."
     size = photos.resolution
     if augment is None:
-        return Compose([Resize(size * 256 // 224, antialias=True), CenterCrop(size)])
+        return Compose([Resize(photos.resize, antialias=True), CenterCrop(size)])
     crop = RandomResizedCrop(size, (augment.smallest, 1.), antialias=True)
     return Compose([crop, RandomHorizontalFlip()]) if augment.flip else crop
 

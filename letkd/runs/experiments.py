@@ -309,7 +309,7 @@ def folder(self: Experiment
     return f'{place}-{digest(told)[:8]}' if told else place
 
 def _identity(e: Experiment) -> dict: # what identifies its data, instead of the path
-    return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e.data))
+    return {} if e.data is None else dict(data=DATASETS[e.dataset].identity(e))
 
 # %% ../../nbs/runs/experiments.ipynb #75bb6d50
 @patch(as_prop=True)

@@ -30,7 +30,7 @@ class DataSet:
     students: dict = field(default_factory=dict) # {student: {field: value}}, for all methods
     # {'teacher-student': {method: {option: value}}}
     pairs: dict = field(default_factory=dict)
-    # path -> text that identifies the data there; None: the set has a fixed place
+    # experiment -> text that identifies the data at its path; None: the set has a fixed place
     identity: Optional[Callable] = None
     unread: tuple = () # fields of `Experiment` that mean nothing to `load`; setting one is an error
 
@@ -50,10 +50,14 @@ def _published(load: Callable, *settings: str
         return load(split, size, held_out=50 if e.eval_split == 'valid' else 0, **chosen)
     return read
 
+def _squares(e) -> dict: # of a folder
+    return dict(path=e.data, resolution=e.resolution,
+                held_out=.2 if e.eval_split == 'valid' else 0.)
+
 def _folder(e, split: str):
-    size = e.train_size if split == 'train' else None
-    return folder(split, e.data, size, e.resolution,
-                  held_out=.2 if e.eval_split == 'valid' else 0.)
+    return folder(split, size=e.train_size if split == 'train' else None, **_squares(e))
+
+def _folder_identity(e) -> str: return folder_identity(**_squares(e))
 
 def _tiny(e, split: str): return tiny_imagenet(split, e.train_size if split == 'train' else None)
 
@@ -94,7 +98,7 @@ DATASETS = {
                              teacher_checkpoint='IMAGENET1K_V1'),
                         ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS, unread=('difficulty',)),
     'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True),
-                      folder_batches, _MOBILE, identity=folder_identity, unread=('difficulty',)),
+                      folder_batches, _MOBILE, identity=_folder_identity, unread=('difficulty',)),
 }
 
 # %% ../../nbs/runs/recipes.ipynb #4eba354d

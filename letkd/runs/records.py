@@ -135,12 +135,13 @@ def _record(e: Experiment, training: Training, perplexities: dict, made: dict) -
 
 # %% ../../nbs/runs/records.ipynb #761fc2a6
 def seen(images # an `Images`, or `Photos`
-        ) -> dict: # height and width, mean and std in units of full intensity, names of the classes
+        ) -> dict: # height and width, `resize`, mean and std in units of full intensity, classes
     "What users of a network have to know about its images."
     size = getattr(images, 'resolution', None)
     size = [size, size] if size else list(images.images.shape[-2:])
-    return dict(size=size, mean=list(images.mean), std=list(images.std),
-                classes=list(map(str, images.classes)))
+    # the pixels of a photo's shorter side before the centre was taken
+    return dict(size=size, resize=getattr(images, 'resize', min(size)), mean=list(images.mean),
+                std=list(images.std), classes=list(map(str, images.classes)))
 
 # %% ../../nbs/runs/records.ipynb #6221dfd8
 _FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_split=str,
