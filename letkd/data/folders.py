@@ -136,11 +136,12 @@ def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
 # %% ../../nbs/data/folders.ipynb #a1c7f007
 _FORMAT = 'letkd folder 3'
 
-def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last change
+def _about(photos: Photos, i: int) -> tuple: # bytes, nanoseconds of its last changes
     try: about = photos.path(i).stat()
     except OSError as e:
         raise ValueError(f'{photos.path(i)}: cannot be read ({e.strerror})') from None
-    return about.st_size, about.st_mtime_ns
+    # names that were swapped leave the first two as they are
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 def _key(photos: Photos) -> str: # 64 hexadecimal digits
     stats = [(os.fsdecode(name), *_about(photos, i)) for i, name in enumerate(photos.names)]
