@@ -46,26 +46,24 @@ def _folders(path: Path) -> list: # names, in order
 def _is_photo(name: str) -> bool: return name.lower().endswith(ENDINGS)
 
 # %% ../../nbs/data/folders.ipynb #77f5b0ef
-def _listing(folder: Path) -> Photos: # the classes in turn
+def _listing(folder: Path, train: Optional[Photos] = None # whose classes it has
+            ) -> Photos: # the classes in turn
     "Every photo below the class folders, listed and not read."
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder}: found no such folder; expected one that holds '
                                 'a folder of photos for every class')
-    classes, names, labels, other = _folders(folder), [], [], Counter()
-    if len(classes) < 2:
-        found = f'one class folder, {classes[0]!r}' if classes else 'no class folder'
-        hint = f'; do they lie in {folder/classes[0]}?' if classes else ''
-        raise ValueError(f'{folder}: found {found}; expected a folder of photos for every '
-                         f'class, of two or more{hint}')
+    classes, names, labels, other = _classes(folder, train), [], [], Counter()
     for label, name in enumerate(classes):
         files = [os.path.join(name, file) for file in _below(folder/name)]
         own = [file for file in files if _is_photo(file)]
         other.update(os.path.splitext(file)[1] or file for file in files if not _is_photo(file))
-        if not own:
-            raise ValueError(f'{folder/name}: found no photo{_counted(other)}; expected some '
-                             f'({", ".join(ENDINGS)}), or no such folder')
+        if not own and train is None: raise _no_photo(folder/name, other)
         names += own
         labels += [label] * len(own)
+    if not names: raise _no_photo(folder, other)
+    if none := [repr(classes[i]) for i in sorted({*range(len(classes))} - {*labels})]:
+        warnings.warn(f'{folder}: found no photo of {_few(none)}, which {train.folder} has; '
+                      f'accuracies there are those of the other {len(classes) - len(none)}')
     # beside the class folders
     other.update(p.suffix for p in folder.iterdir() if p.is_file() and _is_photo(p.name))
     if other:
@@ -73,9 +71,29 @@ def _listing(folder: Path) -> Photos: # the classes in turn
                       f'folders{_counted(other)}')
     names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
     order = in_turn(labels)
-    return Photos(folder, names[order], labels[order], tuple(classes), central=1.)
+    return Photos(folder, names[order], labels[order], classes, central=1.)
 
 # %% ../../nbs/data/folders.ipynb #781f3fb7
+def _classes(folder: Path, train: Optional[Photos]) -> tuple: # as train has them, if it is given
+    found = _folders(folder)
+    if train is None and len(found) < 2:
+        said = f'one class folder, {found[0]!r}' if found else 'no class folder'
+        hint = f'; do they lie in {folder/found[0]}?' if found else ''
+        raise ValueError(f'{folder}: found {said}; expected a folder of photos for every '
+                         f'class, of two or more{hint}')
+    if train and (unknown := [name for name in found if name not in train.classes]):
+        raise ValueError(f'{folder}: found {_few(map(repr, unknown))}; expected classes of {train.folder}, '
+                         f'{_few(map(repr, train.classes))}')
+    return train.classes if train else tuple(found)
+
+def _no_photo(folder: Path, other: Counter) -> ValueError:
+    return ValueError(f'{folder}: found no photo{_counted(other)}; expected some '
+                      f'({", ".join(ENDINGS)}), or no such folder')
+
+def _few(names) -> str: # the first four
+    names = [*names]
+    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+
 def _counted(other: Counter) -> str:
     return f' ({", ".join(f"{n} {ending}" for ending, n in other.most_common(5))})' if other else ''
 
@@ -107,23 +125,18 @@ def _left_out(path: Path, others: list, apart: list): # names of folders, of tho
     left = [*(f'{name}/' for name in others), *sorted(p.name for p in path.iterdir()
             if p.is_file() and p.name[0] != '.' and _is_photo(p.name))]
     if left:
-        more = f' and {len(left) - 4} more' if len(left) > 4 else ''
-        warnings.warn(f'{path}: left out {", ".join(left[:4])}{more}; the splits are '
+        warnings.warn(f'{path}: left out {_few(left)}; the splits are '
                       f'{", ".join(f"{name}/" for name in apart)}')
 
 # %% ../../nbs/data/folders.ipynb #5b1ad2c7
 def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
     "The photos of the splits, by the table above."
     folders = _apart(path) or [path]
-    if len(folders) > 1: known = dict(zip(('train', 'test', 'valid'), map(_listing, folders)))
-    else: known = dict(zip(('train', 'test'), _parts(_listing(*folders), .2)))
+    known = dict(train=(train := _listing(folders[0])))
+    known |= {split: _listing(place, train) for split, place in zip(('test', 'valid'), folders[1:])}
+    if len(folders) == 1: known = dict(zip(('train', 'test'), _parts(train, .2)))
     if held_out and 'valid' not in known:
         known |= dict(zip(('train', 'valid'), _parts(known['train'], held_out)))
-    for photos in known.values():
-        if photos.classes != known['train'].classes:
-            raise ValueError(f'{photos.folder}: found the classes {photos.classes[:5]}, '
-                             f'{len(photos.classes)} in all; expected the '
-                             f"{len(known['train'].classes)} of {known['train'].folder}")
     return known
 
 # %% ../../nbs/data/folders.ipynb #a1c7f005
