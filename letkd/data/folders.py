@@ -62,13 +62,13 @@ def _listing(folder: Path, train: Optional[Photos] = None # whose classes it has
         labels += [label] * len(own)
     if not names: raise _no_photo(folder, other)
     if none := [repr(classes[i]) for i in sorted({*range(len(classes))} - {*labels})]:
-        warnings.warn(f'{folder}: found no photo of {_few(none)}, which {train.folder} has; '
-                      f'accuracies there are those of the other {len(classes) - len(none)}')
+        _say(f'{folder}: found no photo of {_few(none)}, which {train.folder} has; '
+             f'accuracies there are those of the other {len(classes) - len(none)}')
     # beside the class folders
     other.update(p.suffix for p in folder.iterdir() if p.is_file() and _is_photo(p.name))
     if other:
-        warnings.warn(f'{folder}: left out {other.total()} files that are no photos in class '
-                      f'folders{_counted(other)}')
+        _say(f'{folder}: left out {other.total()} files that are no photos in class '
+             f'folders{_counted(other)}')
     names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
     order = in_turn(labels)
     return Photos(folder, names[order], labels[order], classes, central=1.)
@@ -82,9 +82,16 @@ def _classes(folder: Path, train: Optional[Photos]) -> tuple: # as train has the
         raise ValueError(f'{folder}: found {said}; expected a folder of photos for every '
                          f'class, of two or more{hint}')
     if train and (unknown := [name for name in found if name not in train.classes]):
-        raise ValueError(f'{folder}: found {_few(map(repr, unknown))}; expected classes of {train.folder}, '
-                         f'{_few(map(repr, train.classes))}')
+        raise ValueError(f'{folder}: found {_few(map(repr, unknown))}; expected classes of '
+                         f'{train.folder}, {_few(map(repr, train.classes))}')
     return train.classes if train else tuple(found)
+
+_SAID = set() # warnings so far
+
+def _say(text: str):
+    "Warn, but only once, though a run lists its photos several times."
+    if text not in _SAID: warnings.warn(text)
+    _SAID.add(text)
 
 def _no_photo(folder: Path, other: Counter) -> ValueError:
     return ValueError(f'{folder}: found no photo{_counted(other)}; expected some '
@@ -125,8 +132,8 @@ def _left_out(path: Path, others: list, apart: list): # names of folders, of tho
     left = [*(f'{name}/' for name in others), *sorted(p.name for p in path.iterdir()
             if p.is_file() and p.name[0] != '.' and _is_photo(p.name))]
     if left:
-        warnings.warn(f'{path}: left out {_few(left)}; the splits are '
-                      f'{", ".join(f"{name}/" for name in apart)}')
+        _say(f'{path}: left out {_few(left)}; the splits are '
+             f'{", ".join(f"{name}/" for name in apart)}')
 
 # %% ../../nbs/data/folders.ipynb #5b1ad2c7
 def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}

@@ -54,15 +54,18 @@ class Photos:
 
     def path(self, i: int) -> Path: return self.folder/os.fsdecode(self.names[i])
 
-    def data(self, i: int) -> bytes:
-        "The file of photo `i`."
-        try: return self.path(i).read_bytes()
-        except OSError as e:
-            raise ValueError(f'{self.path(i)}: cannot be read ({e.strerror})') from None
+# %% ../../nbs/data/imagenet.ipynb #1a85ee9e
+@patch
+def data(self: Photos, i: int) -> bytes:
+    "The file of photo `i`."
+    try: return self.path(i).read_bytes()
+    except OSError as e:
+        raise ValueError(f'{self.path(i)}: cannot be read ({e.strerror})') from None
 
-    def read(self, i: int) -> Tensor: # uint8, 3 x H x W
-        "Photo `i` in its own size."
-        return decode(self.data(i), self.path(i))
+@patch
+def read(self: Photos, i: int) -> Tensor: # uint8, 3 x H x W
+    "Photo `i` in its own size."
+    return decode(self.data(i), self.path(i))
 
 # %% ../../nbs/data/imagenet.ipynb #c2b37bd7
 @lru_cache
