@@ -9,7 +9,7 @@ __all__ = ['FORMS', 'export', 'trained', 'export_run']
 import copy, importlib, inspect, io, json, warnings
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import safetensors.torch
 import torch
@@ -21,7 +21,7 @@ from .running import load_run
 from .records import read_record, seen
 from ..layer import FoldedKDLayer, folded
 from ..models import create_model
-from ..taps import evaluating
+from ..taps import Placed, evaluating
 
 # %% ../../nbs/runs/shipping.ipynb #72073eee
 class _Bytes(nn.Module):
@@ -89,16 +89,25 @@ def _write_ts(model: nn.Module, x: Tensor, about: str) -> bytes:
 def _read_ts(data: bytes, model: nn.Module) -> Callable: return torch.jit.load(io.BytesIO(data))
 
 # %% ../../nbs/runs/shipping.ipynb #3558710b
+def _names(model: nn.Module) -> dict: # {name of a tensor: its name in the file}
+    "What `Placed` adds to the names of KD layers among tokens is left out."
+    placed = [f'{path}.' for path, m in model.named_modules() if isinstance(m, Placed)]
+    short = lambda name: next((at + name.removeprefix(f'{at}layer.') for at in placed
+                               if name.startswith(at)), name)
+    return {name: short(name) for name in model.state_dict()}
+
 def _write_safetensors(model: nn.Module, x: Tensor, about: str) -> bytes:
-    state = {name: v.detach().clone(memory_format=torch.contiguous_format)
-             for name, v in model.state_dict().items()}
+    state, names = model.state_dict(), _names(model)
+    state = {names[name]: v.detach().clone(memory_format=torch.contiguous_format)
+             for name, v in state.items()}
     return safetensors.torch.save(state, metadata=dict(about=about))
 
 def _read_safetensors(data: bytes, model: nn.Module) -> Callable:
     model = copy.deepcopy(model)
     with torch.no_grad():
         for v in model.state_dict().values(): v.zero_()
-    model.load_state_dict(safetensors.torch.load(data))
+    state = safetensors.torch.load(data)
+    model.load_state_dict({name: state[short] for name, short in _names(model).items()})
     return model
 
 # %% ../../nbs/runs/shipping.ipynb #f9879e7e
@@ -145,18 +154,26 @@ def _agreement(expected: Tensor, found: Tensor) -> dict: # logits
 def _by_student(student: nn.Module, mean, std
                ) -> Callable: # images on the CPU -> logits there
     "The student as it was trained, without folding."
+    like = next(student.parameters(), torch.ones(())).cpu()
     device = next((v.device for v in (*student.parameters(), *student.buffers())),
                   torch.device('cpu'))
     def logits(x):
-        if x.dtype == torch.uint8: x = _Bytes(nn.Identity(), torch.ones(()), mean, std)(x)
+        if x.dtype == torch.uint8: x = _Bytes(nn.Identity(), like, mean, std)(x)
         with evaluating(student), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = student(x.to(device))
+            try: out = student(x.to(device))
+            except RuntimeError as e: raise _not_taken(student, x, like, e) from e
         if isinstance(out, Tensor) and out.ndim == 2: return out.cpu()
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f'export: {type(student).__name__} returns {shape}; expected logits, '
                         'B x classes: put it into a module that returns them, such as '
                         'network(images).logits')
     return logits
+
+def _not_taken(student, x, like, e: Exception) -> ValueError:
+    shape, kinds = ' x '.join(map(str, x.shape)), [str(t.dtype)[6:] for t in (x, like)]
+    return ValueError(f'export: found images of {shape}, {kinds[0]}, which a '
+                      f'{type(student).__name__} does not take ({str(e)[:200]}); expected those of '
+                      f'its training, in {kinds[1]}, as its weights are')
 
 # %% ../../nbs/runs/shipping.ipynb #64e02333
 def export(student: nn.Module, # any classifier, with KD layers or without; left as it is
@@ -166,13 +183,20 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
            # of each channel, for pixels from 0 to 1; required for bytes, and stored in the file
            mean = None,
            std = None,         # the same
+           # pixels of the shorter side of a photo, before the student's images were cut out
+           # of its centre; stored in the file
+           resize: Optional[int] = None,
            **about, # stored in the file too, such as classes=[...]; must fit into JSON
           ) -> dict: # how well they agree: difference (over the largest logit), same, images
     """Write a student with its KD layers folded into a file for others, if the file computes
     what the student computes."""
     # `_orig_mod`: the network behind a compiled one
     path, student = Path(path), getattr(student, '_orig_mod', student)
-    images = _checked(student, images, mean, std)
+    images, mean, std = _checked(student, images), _channels(mean), _channels(std)
+    _check_normalisation(images, mean, std)
+    if resize is not None and not (resize == int(resize) >= min(images.shape[2:])):
+        raise ValueError(f'export: found resize = {resize}; expected whole pixels, '
+                         f'{min(images.shape[2:])} or more, of which the centre was taken')
     write, read = _form(path, images.dtype == torch.uint8)
     model = folded(student).cpu().requires_grad_(False)
     batches = _batches(images)
@@ -180,7 +204,7 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
     if 'classes' in about and len(about['classes']) != expected.shape[1]:
         raise ValueError(f'export: found {len(about["classes"])} classes; expected the '
                          f'{expected.shape[1]} of the student')
-    about = json.dumps(_about(model, images, mean, std, about), allow_nan=False,
+    about = json.dumps(_about(model, images, mean, std, resize, about), allow_nan=False,
                        default=_plain)
     if images.dtype == torch.uint8:
         model = _Bytes(model, next(model.parameters(), torch.ones(())), mean, std).eval()
@@ -197,20 +221,25 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
     return found
 
 # %% ../../nbs/runs/shipping.ipynb #2397a448
-def _checked(student, images, mean, std) -> Tensor: # the images, on the CPU
+def _checked(student, images) -> Tensor: # the images, on the CPU
     if isinstance(student, letkd.Distiller):
         raise TypeError('export: found a Distiller; expected a network, such as its .student')
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f'export: found images of {shape}; expected a tensor B x C x H x W')
+    return images.detach().cpu()
+
+def _channels(v) -> Optional[list]: # of the numbers in a list, an array or a tensor of any shape
+    return None if v is None else torch.as_tensor(v, dtype=torch.float64).flatten().tolist()
+
+def _check_normalisation(images: Tensor, mean, std):
     for name, v in dict(mean=mean, std=std).items():
-        if v is not None and not hasattr(v, '__len__'):
-            raise ValueError(f'export: found {name} = {v}; expected a number for each channel')
         if v is None and images.dtype == torch.uint8:
             raise ValueError(f'export: found bytes and no {name}; '
                              'expected a number for each channel')
         if v is not None and len(v) != images.shape[1]:
-            raise ValueError(f'export: found {name} = {v}; expected {images.shape[1]} numbers')
+            raise ValueError(f'export: found {name} = {v}; expected a number for each '
+                             f'channel, {images.shape[1]} numbers')
         if v is not None and max(v) > 1:
             raise ValueError(f'export: found {name} = {v}; '
                              'expected units of full intensity, 0 .. 1')
@@ -218,23 +247,33 @@ def _checked(student, images, mean, std) -> Tensor: # the images, on the CPU
         raise ValueError(f'export: found std = {std}; expected positive numbers')
     if (mean is None) != (std is None):
         raise ValueError(f'export: found mean = {mean} and std = {std}; expected both or neither')
-    return images.detach().cpu()
 
 # %% ../../nbs/runs/shipping.ipynb #7e654e7a
-def _about(model, images, mean, std, about) -> dict:
+def _about(model, images, mean, std, resize, about) -> dict:
     takes = ('bytes 0 .. 255' if images.dtype == torch.uint8
              else 'normalised: (bytes / 255 - mean) / std')
-    images = dict(shape=['batch', *images.shape[1:]], dtype=str(images.dtype).split('.')[1],
-                  takes=takes, mean=_numbers(mean), std=_numbers(std))
-    layers = [path for path, m in model.named_modules() if isinstance(m, FoldedKDLayer)]
-    return dict(letkd=letkd.__version__, images=images, folded=layers, **about)
+    told = dict(shape=['batch', *images.shape[1:]], dtype=str(images.dtype).split('.')[1],
+                takes=takes, mean=mean, std=std, resize=resize)
+    return dict(letkd=letkd.__version__, images=told, folded=_layouts(model, images), **about)
 
 def _plain(x): # for JSON
     if hasattr(x, 'tolist'): return x.tolist()  # of numpy or torch
     raise TypeError(f'export: found a {type(x).__name__} among what is stored; expected strings, '
                     'numbers, lists and dicts')
 
-def _numbers(v): return None if v is None else [float(x) for x in v]
+# %% ../../nbs/runs/shipping.ipynb #4e7dede3
+def _layouts(model: nn.Module, x: Tensor) -> dict: # {path of a folded KD layer: layout}
+    "How the tensors that KD layers take hold the places."
+    modules, ndim = dict(model.named_modules()), {}
+    found = {path: str(m.layout) for path, m in modules.items()
+             if isinstance(m, Placed) and isinstance(m.layer, FoldedKDLayer)}
+    alone = {path: m for path, m in modules.items() if isinstance(m, FoldedKDLayer)
+             and path.rpartition('.')[0] not in found}
+    note = lambda m, args: ndim.update({m: args[0].ndim})
+    handles = [m.register_forward_pre_hook(note) for m in alone.values()]
+    with torch.no_grad(): model(x.to(next(model.parameters(), torch.ones(())).dtype))
+    for handle in handles: handle.remove()
+    return found | {path: 'BNC' if ndim.get(m) == 3 else 'BCHW' for path, m in alone.items()}
 
 # %% ../../nbs/runs/shipping.ipynb #903617e6
 @torch.no_grad()
@@ -301,5 +340,6 @@ def export_run(run,                   # a run's folder, its record.json or its s
     shape = (2, 3, *images['size'])
     example = (torch.zeros(shape, dtype=torch.uint8) if pixels
                else torch.randn(shape, generator=torch.Generator().manual_seed(1)))
-    return export(student, path, example, images['mean'], images['std'], classes=images['classes'],
-                  model=about['model'], run=about['name'])
+    # files of earlier versions do not say how photos were resized
+    return export(student, path, example, images['mean'], images['std'], images.get('resize'),
+                  classes=images['classes'], model=about['model'], run=about['name'])
