@@ -121,7 +121,8 @@ def _describe(value):
     if isinstance(value, Tensor): return f'tensor {" x ".join(map(str, value.shape))}'
     if isinstance(value, dict): return f'{type(value).__name__} with {_names(value)}'
     if isinstance(value, (tuple, list)):
-        return f'{type(value).__name__} of ({", ".join(map(_describe, value))})'
+        more = f' and {len(value) - 4} more' if len(value) > 4 else ''
+        return f'{type(value).__name__} of ({", ".join(map(_describe, value[:4]))}{more})'
     return type(value).__name__
 
 # %% ../nbs/taps.ipynb #de05cad7

@@ -119,8 +119,10 @@ def own_network(
     expected = (f'expected a function: def {function}(num_classes): ..., '
                 'which returns an nn.Module')
     if module not in IMPORTED:
-        raise ValueError(f'{name}: found no import of {module}; expected letkd --import '
-                         f'{module}.py, or in Python letkd.models.imports.load')
+        bare = module.removesuffix('.py')
+        said = '' if bare == module else f'the name {bare}:{function} after '
+        raise ValueError(f'{name}: found no import of {module}; expected {said}letkd --import '
+                         f'{bare}.py, or in Python letkd.models.imports.load')
     make = getattr(IMPORTED[module].module, function, None)
     if make is None:
         names = ', '.join(own_names()) or 'none'
