@@ -213,11 +213,20 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     if file and rank() == 0 and _file_hash(e.teacher_checkpoint) not in (file, ''):
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
-    then, now = record.get('imported', {}), versions()
-    if e.own and (other := [name for name in then if now.get(name) != then[name]]) and rank() == 0:
-        print(f'letkd: {folder}: made before {", ".join(other)} changed, and not made '
-              'again; delete it for a new run', file=sys.stderr)
+    if e.own: _say_changed(record, folder, 'not made again; delete it for a new run')
     return record
+
+# %% ../../nbs/runs/running.ipynb #538ee18c
+_REBUILT = 'rebuilt from what is there now; bring the old version back if that computes otherwise'
+
+def _say_changed(record: dict, folder: Path, so: str, network: str = ''): # so: what follows
+    """Print a message if the user's files that a run was made with have changed since; of all
+    files, or of those of one network."""
+    then, now = record.get('imported', {}), versions()
+    files = IMPORTED[at].files if (at := network.partition(':')[0]) in IMPORTED else then
+    if (other := [k for k in then if k in files and now.get(k) != then[k]]) and rank() == 0:
+        print(f'letkd: {folder}: made before {", ".join(other)} changed, and {so}',
+              file=sys.stderr)
 
 # %% ../../nbs/runs/running.ipynb #fc101a0e
 @contextmanager
@@ -251,13 +260,15 @@ def load_run(e: Experiment, # of a finished run
              out = 'runs',  # folder of all runs
              device: Optional[str] = None, # None: 'cuda' where there is one
             ) -> Distiller: # in eval mode
-    """The distiller of a finished run: the trained student with its KD layers, the
-    teacher, the fitted supervisions."""
+    """The distiller of a finished run: the trained student with its KD layers, the teacher,
+    the fitted supervisions. What terms train beside the student, such as FitNet's regressor,
+    is new."""
     path = Path(out)/e.folder/'student.safetensors'
     if not path.exists(): raise FileNotFoundError(f'{path}: not found; run {e.name} first')
     with torch.random.fork_rng():
         training, _, made = prepare(e, out, device, quiet=True)
-    _check_made(path.parent, _finished(path.parent) or {}, made)
+    _check_made(path.parent, record := _finished(path.parent) or {}, made)
+    if e.own: _say_changed(record, path.parent, _REBUILT)
     load_module(training.distiller.student, path)
     return training.distiller.eval()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import letkd
 from ..data.files import atomic, read_tensors
-from .running import load_run
+from .running import _REBUILT, _finished, _say_changed, load_run
 from .records import read_record, seen
 from ..layer import FoldedKDLayer, folded
 from ..models import create_model
@@ -325,6 +325,8 @@ def trained(run   # a run's folder, its record.json or its student.safetensors
     if 'images' not in about:  # of an older version
         e = _experiment(path)
         about['images'] = seen(e.load(e.eval_split))
+    if ':' in about['model']:
+        _say_changed(_finished(path.parent) or {}, path.parent, _REBUILT, about['model'])
     return _student(path, about).eval(), about
 
 # %% ../../nbs/runs/shipping.ipynb #9c52029c
