@@ -164,7 +164,28 @@ def read_record(path,     # of a record.json
     for key, values in dict(curve=curve, target_perplexity=taps.values()).items():
         if not all(_fits(v, float) for v in values):
             raise ValueError(f'{path}: not a record: {_misfit(key, values, "numbers")}')
+    for key, value, words in _impossible(record):
+        raise ValueError(f'{path}: not a record: {_misfit(key, value, words)}')
     return record
+
+# %% ../../nbs/runs/records.ipynb #7b6990ce
+_PERCENT = ('top1_last', 'top1_best', 'top5_last', 'train_top1', 'teacher_top1')
+
+def _impossible(record: dict): # yields (key, what was found, what was expected)
+    "Numbers that cannot be, or that contradict each other."
+    given = {k: v for k, v in record.items() if _fits(v, float)}
+    yield from ((k, given[k], '0 to 100 percent') for k in _PERCENT
+                if k in given and not 0 <= given[k] <= 100)
+    least = dict(seconds=0, parameters=0, epoch_best=1)
+    yield from ((k, given[k], f'at least {v}') for k, v in least.items() if given[k] < v)
+    if not (curve := record.get('curve')): return  # an older record may have none
+    best = record['epoch_best']
+    if (epochs := given.get('epochs', len(curve))) != len(curve):
+        yield 'curve', curve, f'{epochs} numbers, one an epoch'
+    elif best > len(curve): yield 'epoch_best', best, f'at most {len(curve)}, the epochs'
+    for key, value in dict(top1_last=curve[-1], top1_best=max(curve)).items():
+        if abs(given[key] - value) > .001: yield key, given[key], f'{value}, of the curve'
+    if max(curve) != curve[best - 1]: yield 'epoch_best', best, f'an epoch of {max(curve)} %'
 
 # %% ../../nbs/runs/records.ipynb #21a00005
 _CONDITIONS = ('device', 'instructions', 'threads', 'processes', 'deterministic', 'system',
@@ -195,6 +216,8 @@ def differences(record: dict, # of a run
 # points of top-1: another rounding is like another seed, which moves our records by less,
 # but for two of more than a hundred pairs
 _FAR = 5.
+# what equal students have in common
+_NUMBERS = (*_PERCENT, 'epoch_best', 'epochs', 'parameters', 'target_perplexity', 'curve')
 
 def compare(record: dict, # as published
             again: dict,  # as made now
@@ -202,7 +225,10 @@ def compare(record: dict, # as published
     "Whether the second record reproduces the first."
     differ = differences(record, again)
     if record.get('student_hash') == again['student_hash']:
-        return True, ['equal to the last bit: the student has the same hash']
+        if not (other := [f'  {k}: {record[k]!r:.60}, now {again[k]!r:.60}' for k in _NUMBERS
+                          if k in record and k in again and record[k] != again[k]]):
+            return True, ['equal to the last bit: the student has the same hash']
+        return False, ['the student has the same hash, but the record has other numbers:', *other]
     top1 = (f"top-1 {record['top1_last']:.2f} % then, {again['top1_last']:.2f} % now, "
             f"{again['top1_last'] - record['top1_last']:+.2f}")
     why = ('the record is older than the hash of the student' if 'student_hash' not in record
