@@ -285,7 +285,19 @@ def load(self: Experiment, split: str): # 'train', 'valid' or 'test'; returns `I
     if entry.batches is Batches and not isinstance(images, Images):
         raise TypeError(f'{self.dataset}: its load returned {type(images).__name__}; expected '
                         'letkd.data.batches.Images, of pixels and labels')
+    _check_read(self, split, images)
     return images
+
+def _check_read(e: Experiment, split: str, images):
+    "Raise an error if a loader has ignored settings that were given."
+    shape = getattr(getattr(images, 'images', None), 'shape', [None])
+    found = dict(resolution=(getattr(images, 'resolution', shape[-1]), 'pixels'))
+    if split == 'train': found |= dict(train_size=(len(images), 'images to train on'))
+    for key, (number, what) in found.items():
+        if number and (wanted := getattr(e, key)) not in (None, number):
+            raise ValueError(f'{key}: found {number} {what} in {e.dataset}; expected the {wanted} '
+                             "that were asked for. Read it in the data set's load, or name it in "
+                             'its `unread`')
 
 @patch(as_prop=True)
 def name(self: Experiment) -> str: # as `Experiment.named` reads it, and the tables show it

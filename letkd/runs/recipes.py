@@ -32,7 +32,8 @@ class DataSet:
     pairs: dict = field(default_factory=dict)
     # experiment -> text that identifies the data at its path; None: the set has a fixed place
     identity: Optional[Callable] = None
-    unread: tuple = () # fields of `Experiment` that mean nothing to `load`; setting one is an error
+    # fields of `Experiment` that mean nothing to `load`; setting one is an error
+    unread: tuple = ('difficulty',)
 
 def _digit_pairs(e, split: str):
     size = e.train_size if split == 'train' else None
@@ -82,8 +83,10 @@ DATASETS = {
     'digit_pairs': DataSet(_digit_pairs,
                            dict(epochs=5, teacher_epochs=8, batch_size=64, lr=.2,
                                 schedule='one-cycle', train_size=20_000, resolution=16,
-                                augment=False, amp=True, options=dict(num_prototypes=256))),
-    'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True)),
+                                augment=False, amp=True, options=dict(num_prototypes=256)),
+                           unread=()),
+    'digit_pairs_paper': DataSet(_digit_pairs, dict(train_size=50_000, resolution=32, amp=True),
+                                 unread=()),
     'cifar10': DataSet(_published(cifar10), dict(options=dict(num_dims=8)), Augment(flip=True),
                        students=_MOBILE, unread=_SIZE),
     'cifar100': DataSet(_published(cifar100), {}, Augment(flip=True), students=_MOBILE,
@@ -96,9 +99,9 @@ DATASETS = {
                         dict(epochs=100, teacher_epochs=100, lr=.1, milestones=(.3, .6, .9),
                              batch_size=256, weight_decay=1e-4,
                              teacher_checkpoint='IMAGENET1K_V1'),
-                        ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS, unread=('difficulty',)),
+                        ResizedCrop(), PhotoBatches, pairs=_DKD_PHOTOS),
     'folder': DataSet(_folder, dict(options=dict(num_prototypes=256)), Augment(flip=True),
-                      folder_batches, _MOBILE, identity=_folder_identity, unread=('difficulty',)),
+                      folder_batches, _MOBILE, identity=_folder_identity),
 }
 
 # %% ../../nbs/runs/recipes.ipynb #4eba354d

@@ -214,6 +214,11 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
         print(f'letkd: {folder}: made with another file at {e.teacher_checkpoint}, and not made '
               'again; delete it for a new run', file=sys.stderr)
     if e.own: _say_changed(record, folder, 'not made again; delete it for a new run')
+    entry = DATASETS[e.dataset]
+    ours = (getattr(entry.load, '__module__', None) or '').startswith('letkd.')
+    if not (ours or entry.identity):  # the user's, of which the folder has only the name
+        made = data_hash(e.load('train'), e.load(e.eval_split))
+        _check_made(folder, record, dict(data_hash=made))
     return record
 
 # %% ../../nbs/runs/running.ipynb #538ee18c
@@ -335,7 +340,7 @@ def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
 # %% ../../nbs/runs/running.ipynb #467b8588
 def _check_made(folder: Path, record: dict, made: dict): # of a finished run; what is there now
     for key, what in dict(data_hash='other images', teacher_hash='another teacher').items():
-        if (then := record.get(key, made.get(key))) != made.get(key):
+        if key in made and (then := record.get(key, made.get(key))) != made.get(key):
             raise ValueError(f'{folder}: found a run that was made from {what} ({key} '
                              f'{then:.16}...); expected {made[key]:.16}..., of what is there now. '
                              'Delete it, and it is made again, or choose another folder of runs')
