@@ -118,6 +118,7 @@ def _length(batches) -> int:
                      'a loader that knows how many batches an epoch has, and gives them anew '
                      'in each')
 
+# %% ../../nbs/runs/training.ipynb #c91fa2dc
 class WholeEpochs:
     """Wraps a loader without a state: a run on it is saved at the end of each epoch, and
     continues with a whole one."""
@@ -129,17 +130,41 @@ class WholeEpochs:
                 'begins its epoch again')
 
     def __iter__(self) -> Iterator:
-        sampler, self.epoch = getattr(self.loader, 'sampler', None), self.epoch + 1
-        if hasattr(sampler, 'set_epoch'): sampler.set_epoch(self.epoch)  # of several processes
+        self.epoch += 1
+        for part in _parts(self.loader):  # samplers of several processes draw another order
+            if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
         return iter(self.loader)
 
-    def state_dict(self) -> dict:
-        own = getattr(self.loader, 'generator', None)  # None: it uses the global one
-        return dict(epoch=self.epoch, generator=own and own.get_state())
+# %% ../../nbs/runs/training.ipynb #bfc58afd
+def _parts(loader) -> list: # with what it draws its batches from
+    names = 'sampler', 'batch_sampler', 'dataset'
+    found, todo = {}, [loader]
+    while todo:
+        if id(part := todo.pop(0)) in found: continue
+        found[id(part)] = part
+        todo += [v for name in names if (v := getattr(part, name, None)) is not None]
+    return [*found.values()]
 
-    def load_state_dict(self, state: dict):
-        self.epoch = state['epoch']
-        if state['generator'] is not None: self.loader.generator.set_state(state['generator'])
+# %% ../../nbs/runs/training.ipynb #c58dadc7
+def _own_generators(loader) -> list: # of its own; where it has none, it uses the global one
+    found = [v for part in _parts(loader) for v in getattr(part, '__dict__', {}).values()
+             if isinstance(v, torch.Generator)]
+    return [*{id(g): g for g in found}.values()]
+
+@patch
+def state_dict(self: WholeEpochs) -> dict: # as of a training
+    "The number of epochs so far, and the state of each generator."
+    states = [generator.get_state() for generator in _own_generators(self.loader)]
+    return dict(epoch=self.epoch, generators=states)
+
+@patch
+def load_state_dict(self: WholeEpochs, state: dict):
+    "Continue after the epoch of `state`."
+    own, states = _own_generators(self.loader), state['generators']
+    if len(own) != len(states):
+        raise ValueError(f'batches: found {len(own)} generators; expected {len(states)}')
+    self.epoch = state['epoch']
+    for generator, saved in zip(own, states): generator.set_state(saved)
 
 # %% ../../nbs/runs/training.ipynb #20e1c001
 def _stateful(batches):
