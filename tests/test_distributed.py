@@ -148,6 +148,57 @@ def test_every_method_trains_in_two_processes(server, tmp_path):
     assert together(server, steps_of_all, 2, str(tmp_path)) == [0, 0]
 
 
+# A term whose state changes from step to step
+
+def centred(epochs, out):
+    """A loss against a running mean of the logits, a buffer, and a sum, which is none: weights and
+    state after some of three epochs."""
+    import torch
+    from letkd.data.batches import Batches
+    from letkd.data.digit_pairs import digit_pairs
+    from letkd.distiller import CrossEntropy, Distiller, Term
+    from letkd.models import create_model
+    from letkd.runs.processes import processes, rank
+    from letkd.runs.training import Training, train
+
+    class Centre(Term):
+        def __init__(self):
+            super().__init__('centre', teacher=False)
+            self.register_buffer('mean', torch.zeros(100))
+            self.sums = 0.
+        def get_extra_state(self): return self.sums
+        def set_extra_state(self, state): self.sums = state
+        def forward(self, maps, batch):
+            z = maps.student_logits
+            loss = (z - self.mean - self.sums).square().mean()
+            self.mean = .5 * self.mean + .5 * z.detach().mean(0)
+            self.sums += 1e-3 * z.detach().mean().item()
+            return loss
+
+    torch.manual_seed(0)
+    distiller = Distiller(create_model('resnet8x0.5', 100), None, [CrossEntropy(), Centre()])
+    batches = Batches(digit_pairs('train', 128), 32, shuffle=True, share=(rank(), processes()))
+    training = Training(distiller, batches, 3)
+    training.epochs = epochs
+    train(training, out, quiet=True)
+    return [*sums(distiller).values(), *distiller.terms[1].mean.tolist(), distiller.terms[1].sums]
+
+
+def centred_whole_and_in_parts(out, place):
+    import torch
+    from letkd.runs.processes import gathered, joined
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        whole = centred(3, f'{out}/whole')
+        for epochs in 1, 3: parts = centred(epochs, f'{out}/parts')
+        for found in gathered((whole, parts)): assert found == (whole, whole)
+
+
+def test_terms_with_a_state_agree_and_resume(server, tmp_path):
+    assert together(server, centred_whole_and_in_parts, 2, str(tmp_path)) == [0, 0]
+
+
 # CRD, whose banks belong to all
 
 def contrast(seed=0):

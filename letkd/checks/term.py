@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layer import _as_tokens, _close, _no_scalars, _pairs, _random, _run_all, _seeded
 from ..distiller import CrossEntropy, Distiller
+from ..runs.checkpoints import through_a_file
 from ..taps import Layout, resolve
 
 # %% ../../nbs/checks/term.ipynb #37c9d748
@@ -248,14 +249,16 @@ def _check_works_within_autocast(build):
 
 # %% ../../nbs/checks/term.ipynb #e6ac65fe
 def _check_state_dict_is_everything(build):
-    "After two steps, the state dict in a fresh distiller gives the next loss, bit for bit."
+    "After two steps, the state dict, saved and read, gives a fresh distiller the next loss, bit for bit."
     d, fresh = build(), build()
     optimiser = torch.optim.SGD(d.distiller.parameters(), lr=.1)
     for _ in range(2):
         optimiser.zero_grad()
         d.total().backward()
         optimiser.step()
-    fresh.distiller.load_state_dict(d.distiller.state_dict(), strict=True)
+    try: state = {k: through_a_file(v, k) for k, v in d.distiller.state_dict().items()}
+    except ValueError as e: raise AssertionError(*e.args) from None
+    fresh.distiller.load_state_dict(state, strict=True)
     _close(fresh.loss(), d.loss(), what='the next loss')
 
 def _check_copied_distillers_are_independent(build):

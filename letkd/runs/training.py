@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'Training', 'WholeEpochs', 'conditions', 'train']
 
 # %% ../../nbs/runs/training.ipynb #137505e1
-import inspect, json, math, platform, sys, time
+import copy, inspect, json, math, platform, sys, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 
-from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, write_text
+from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, through_a_file
+from .checkpoints import write_text
 from ..data.batches import Images, data_hash
 from ..data.files import tensors_hash
 from ..data.imagenet import Photos
@@ -98,11 +99,24 @@ def _data(batches) -> dict: # a hash of their images and their seed, where they 
     return dict(images=data_hash(images) if isinstance(images, (Images, Photos)) else None,
                 seed=seed if isinstance(seed, int) else None)
 
+def _has_state(module: nn.Module) -> bool: # beside parameters and buffers
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+def _restored(module: nn.Module) -> set: # names of plain attributes
+    "What its own state brings back, such as a count of steps."
+    if not _has_state(module): return set()
+    bare = copy.copy(module)
+    for name in _plain(module): del vars(bare)[name]
+    try: bare.set_extra_state(module.get_extra_state())
+    except Exception: return set()  # it needs what is missing
+    return set(vars(bare))
+
 def _details(distiller: Distiller) -> dict: # {name: text} of what decides the losses
     "The plain attributes of terms and of modules in them, and a hash of the teacher."
     modules = [found for term in distiller.terms for found in term.named_modules(prefix=term.name)]
     modules += distiller.layers.items()
-    told = {f'{path}.{k}': repr(v) for path, m in modules for k, v in _plain(m).items()}
+    told = {f'{path}.{k}': repr(v) for path, m in modules
+            for k, v in _plain(m).items() if k not in _restored(m)}
     try: told['teacher'] = tensors_hash(distiller.teacher.state_dict().items())
     except Exception: pass  # there is none, or its weights are no plain tensors
     return told
@@ -236,7 +250,9 @@ def _generators(device) -> dict:
 @patch
 def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and dicts only
     "All that `load_state_dict` needs to continue bit for bit; all processes must call it together."
+    self._check_states()
     parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+    through_a_file(parts['batches'], f'state_dict of {type(self.batches).__name__}')
     return dict(parts, generators=gathered(_generators(self.device)), history=self.history,
                 seconds=self.seconds, lr=self.lr, conditions=self.conditions,
                 settings=self.settings)
@@ -257,6 +273,18 @@ def load_state_dict(self: Training, state: dict):
         if self.device.type == 'cuda' and 'cuda' in own:
             torch.cuda.set_rng_state(own['cuda'], self.device)
     self._note(state['conditions'])
+
+# %% ../../nbs/runs/training.ipynb #acb5e3b2
+@patch
+def _check_states(self: Training):
+    "Raise an error for a state of the user's that could not be read from a checkpoint."
+    for name, state in self.distiller.state_dict().items():
+        if not name.endswith('_extra_state'): continue
+        where = f'{name.removesuffix("_extra_state")}get_extra_state'
+        if name.startswith('terms.'):
+            _, number, where = where.split('.', 2)
+            where += f' of the term {self.distiller.terms[int(number)].name}'
+        through_a_file(state, where)
 
 # %% ../../nbs/runs/training.ipynb #2909729c
 @patch
@@ -288,6 +316,14 @@ def step(self: Training,
     self.lr, = self.schedule.get_last_lr()  # of this step, before the schedule moves on
     self.schedule.step()
 
+# %% ../../nbs/runs/training.ipynb #0013d882
+def _agree(distiller: Distiller):
+    "Give all processes what the first one's student and terms keep beside their parameters."
+    if processes() == 1: return
+    for part in (distiller.student, distiller.terms): from_first(part.buffers())
+    for module in distiller.terms.modules():
+        if _has_state(module): module.set_extra_state(agreed(module.get_extra_state))
+
 # %% ../../nbs/runs/training.ipynb #43fb0377
 @patch
 def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evaluate on
@@ -295,8 +331,8 @@ def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evalu
     "Evaluate, add the epoch's line to the history, and start a new meter."
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
                seconds=round(self.seconds, 3))
+    _agree(self.distiller)
     if test is not None:
-        from_first(self.distiller.student.buffers())
         found = evaluate(self.distiller.student, test, self.distiller.output)
         if not math.isfinite(found['loss']):
             raise NonFiniteLoss(f"evaluation: cross-entropy = {found['loss']:.4g}")
@@ -367,6 +403,7 @@ def train(training: Training,        # what to train
 def _begun(training: Training, kept: Checkpoints, log: Optional[Callable], quiet: bool
           ) -> Iterator[Callable]: # the log of this process
     training.resume(kept)
+    training._check_states()
     if isinstance(training.batches, WholeEpochs) and not (quiet or rank()):
         print(training.batches, file=sys.stderr)
     log = (lambda row: None) if log is None or rank() else log
