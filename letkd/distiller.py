@@ -310,7 +310,7 @@ def forward(self: Distiller,
     if not self.looked: self._look(maps, batch)
     # a GPU would have to wait for the answer
     elif batch.labels.device.type == 'cpu': _check_range(maps.student_logits, batch)
-    found = {term.name: term(maps, batch) for term in self.terms}
+    found = {term.name: _scalar(term, term(maps, batch)) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
     weighted = {term.name: term.weight * found[term.name] for term in self.terms}
     return maps.student_logits, weighted
@@ -519,6 +519,14 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
                            f'nobody. {hint} A term that reads a frozen part alone has '
                            'to be left out; one that means to be silent says so in '
                            '`Term.silent`')
+
+# %% ../nbs/distiller.ipynb #ab9949b8
+def _scalar(term: Term, loss) -> Tensor: # the loss of a batch
+    "Raise an error for a loss that is more than a number, or none."
+    if isinstance(loss, (int, float)) or getattr(loss, 'ndim', None) == 0: return loss
+    raise ValueError(f'loss of the term {term.name!r}: found a {type(loss).__name__} '
+                     f'{list(getattr(loss, "shape", ""))}; expected one number, such as '
+                     'its mean over the images')
 
 # %% ../nbs/distiller.ipynb #8e1c0b06
 def _trained_before(d: Distiller, tap: str, images: Tensor
