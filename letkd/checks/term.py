@@ -249,7 +249,7 @@ def _check_works_within_autocast(build):
 
 # %% ../../nbs/checks/term.ipynb #e6ac65fe
 def _check_state_dict_is_everything(build):
-    "After two steps, the state dict, saved and read, gives a fresh distiller the next loss, bit for bit."
+    "After two steps, the state dict, saved and read, gives the next loss again, bit for bit."
     d, fresh = build(), build()
     optimiser = torch.optim.SGD(d.distiller.parameters(), lr=.1)
     for _ in range(2):

@@ -92,6 +92,7 @@ def load(self: Checkpoints) -> Optional[dict]: # None if there is none
         raise ValueError(f'{self.folder}: the newest checkpoint is not one of letkd '
                          f'({type(e).__name__}); delete it') from None
 
+# %% ../../nbs/runs/checkpoints.ipynb #8a814c8d
 def _read(data): return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
 
 def through_a_file(state,      # of a part of a run
@@ -103,9 +104,9 @@ def through_a_file(state,      # of a part of a run
         return _read(buffer.getvalue())
     except Exception as e:
         raise ValueError(f'{whose}: found a state that cannot be read from a checkpoint, '
-                         f'{state!r:.80} ({type(e).__name__}); expected tensors (torch.from_numpy makes '
-                         'one of an array), numbers, strings, and lists and dicts of them'
-                         ) from None
+                         f'{state!r:.80} ({type(e).__name__}); expected tensors '
+                         '(torch.from_numpy makes one of an array), numbers, strings, and lists '
+                         'and dicts of them') from None
 
 @patch
 def _sound(self: Checkpoints) -> Optional[bytes]:

@@ -99,6 +99,7 @@ def _data(batches) -> dict: # a hash of their images and their seed, where they 
     return dict(images=data_hash(images) if isinstance(images, (Images, Photos)) else None,
                 seed=seed if isinstance(seed, int) else None)
 
+# %% ../../nbs/runs/training.ipynb #78873f2e
 def _has_state(module: nn.Module) -> bool: # beside parameters and buffers
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
@@ -257,6 +258,7 @@ def state_dict(self: Training) -> dict: # tensors, numbers, strings, lists and d
                 seconds=self.seconds, lr=self.lr, conditions=self.conditions,
                 settings=self.settings)
 
+# %% ../../nbs/runs/training.ipynb #d71af7a2
 @patch
 def load_state_dict(self: Training, state: dict):
     """Continue from `state`, of a training with the same terms and settings; this sets the
