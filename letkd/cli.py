@@ -291,14 +291,15 @@ def export_command(run: str,             # a run's folder, its record.json or it
                    pixels: bool = False, # it takes bytes and normalises them itself?
                   ):
     "Write the student of a finished run for others, and say how well the file agrees with it."
-    from letkd.runs.shipping import export_run, trained
+    from letkd.runs.shipping import export_run
     found = export_run(run, to, pixels)
-    images = trained(run)[1]['images']
-    height, width = images['size']
+    images = found['takes']
+    (height, width), resize = images['size'], images.get('resize')
     takes = 'bytes' if pixels else '(bytes / 255 - mean) / std'
     print(f'{to}: takes {takes}, B x 3 x {height} x {width}, '
           f'and gives B x {len(images["classes"])} logits')
-    print(f'mean {images["mean"]}, std {images["std"]}')
+    cut = f', the centre of photos whose shorter side is {resize}' if resize and resize > min(height, width) else ''
+    print(f'mean {images["mean"]}, std {images["std"]}{cut}')
     print(f'on {found["images"]} images {found["difference"]:.0e} of the largest logit away from '
           f'the student, {found["same"]} classes the same')
 

@@ -333,7 +333,7 @@ def trained(run   # a run's folder, its record.json or its student.safetensors
 def export_run(run,                   # a run's folder, its record.json or its student.safetensors
                path,                  # its ending chooses the form, see `FORMS`
                pixels: bool = False,  # True: the file takes bytes and normalises them itself
-              ) -> dict:              # as `export` returns it
+              ) -> dict: # as `export` returns it, and `takes`, what the file says of images
     "Write the student of a finished run for others."
     (student, about), path = trained(run), Path(path)
     if path.resolve() == _student_file(run).resolve():
@@ -343,5 +343,6 @@ def export_run(run,                   # a run's folder, its record.json or its s
     example = (torch.zeros(shape, dtype=torch.uint8) if pixels
                else torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     # files of earlier versions do not say how photos were resized
-    return export(student, path, example, images['mean'], images['std'], images.get('resize'),
-                  classes=images['classes'], model=about['model'], run=about['name'])
+    found = export(student, path, example, images['mean'], images['std'], images.get('resize'),
+                   classes=images['classes'], model=about['model'], run=about['name'])
+    return dict(found, takes=images)
