@@ -23,7 +23,7 @@ from ..models.imports import IMPORTED, is_own, nearest, versions
 from ..models.pairs import pair_taps
 from ..models.zoo import outline
 from .recipes import DATASETS, RECIPES, _original
-from .training import SCHEDULES
+from .training import OPTIMISERS, SCHEDULES
 from ..taps import resolve
 
 # %% ../../nbs/runs/experiments.ipynb #082f76e7
@@ -41,8 +41,9 @@ class Experiment:
     lr: float = .05                # the largest learning rate
     schedule: str = 'step'         # or 'one-cycle'
     milestones: tuple = (.625, .75, .875) # shares of the epochs at which 'step' divides by ten
-    momentum: float = .9           # of SGD
-    nesterov: bool = True          # Nesterov's momentum; False: plain
+    optimiser: str = 'sgd'         # or 'adamw'
+    momentum: float = .9           # of SGD; of AdamW, its first beta
+    nesterov: bool = True          # Nesterov's momentum of SGD; False: plain
     weight_decay: float = 5e-4     # on every parameter
     augment: bool = True           # as the data set's entry says
     padding: str = 'reflect'       # of images that are cropped; or 'zeros', black
@@ -105,9 +106,12 @@ def _check_fields(e: Experiment):
         if value is not None and not least <= value <= most:
             raise ValueError(f'{key}: found {value}; expected at least {least}'
                              + f' and at most {most}' * (most < math.inf))
-    for key, known in dict(schedule=SCHEDULES, eval_split=('train', 'valid', 'test'),
+    for key, known in dict(schedule=SCHEDULES, optimiser=OPTIMISERS, eval_split=('train', 'valid', 'test'),
                            padding=PADDINGS, teacher_recipe=RECIPES).items():
         if getattr(e, key) not in known: raise nearest(key, getattr(e, key), known)
+    if e.optimiser == 'adamw' and e.lr >= .02:
+        raise ValueError(f'lr: found {e.lr:g}, which is SGD\'s; expected less than .02 with '
+                         'optimiser=adamw, such as .001')
     if e.teacher_checkpoint == '':
         raise _misfit('teacher_checkpoint', '', 'a file, or None: the teacher is trained here')
     if not all(_fits(m, float) and 0 <= m <= 1 for m in e.milestones):

@@ -76,7 +76,7 @@ def prepare(e: Experiment,                # what to run
     fold_teacher(distiller)
     if e.sync_bn and device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
     training = Training(distiller, batches, e.epochs, e.lr, e.schedule, e.milestones, e.momentum,
-                        e.weight_decay, e.amp, e.nesterov)
+                        e.weight_decay, e.amp, e.nesterov, e.optimiser)
     return training, plain, made
 
 # %% ../../nbs/runs/running.ipynb #b23a1ff6
