@@ -298,7 +298,8 @@ def export_command(run: str,             # a run's folder, its record.json or it
     takes = 'bytes' if pixels else '(bytes / 255 - mean) / std'
     print(f'{to}: takes {takes}, B x 3 x {height} x {width}, '
           f'and gives B x {len(images["classes"])} logits')
-    cut = f', the centre of photos whose shorter side is {resize}' if resize and resize > min(height, width) else ''
+    cuts = resize and resize > min(height, width)
+    cut = f', the centre of photos whose shorter side is {resize}' if cuts else ''
     print(f'mean {images["mean"]}, std {images["std"]}{cut}')
     print(f'on {found["images"]} images {found["difference"]:.0e} of the largest logit away from '
           f'the student, {found["same"]} classes the same')

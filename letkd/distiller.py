@@ -307,9 +307,7 @@ def forward(self: Distiller,
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
     maps.student = as_maps(self.student, maps.student, batch.images,
                            self.layouts['student'])
-    if not self.looked: self._look(maps, batch)
-    # a GPU would have to wait for the answer
-    elif batch.labels.device.type == 'cpu': _check_range(maps.student_logits, batch)
+    self._look(maps, batch)
     found = {term.name: _scalar(term, term(maps, batch)) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
     weighted = {term.name: term.weight * found[term.name] for term in self.terms}
@@ -471,6 +469,9 @@ def _watched(d: Distiller, images: Tensor):
 def _look(self: Distiller, maps: Maps, batch: Batch):
     "Labels and logits fit."
     z, y, count = maps.student_logits, batch.labels, len(batch.labels)
+    if self.looked:
+        if y.device.type == 'cpu': _check_range(z, batch)  # a GPU has to be waited for
+        return
     if z.ndim != 2 or len(z) != count:
         raise ValueError(f'student: found an output of shape {tuple(z.shape)}; '
                          f'expected logits B x Y of {count} images')
@@ -607,7 +608,7 @@ def _run(side: str,       # 'student' or 'teacher'
         except Exception as error:
             size = ' x '.join(map(str, images.shape[1:]))
             raise ValueError(f"{side}'s network, a {type(model).__name__}, does not take "
-                             f'images of {size}, {images.dtype}: {error}. '
+                             f'images of {size}: {error}. '
                              f'{_advice(model, images)}') from error
 
 def _advice(model: nn.Module, images: Tensor) -> str: # where a pass has failed
@@ -616,7 +617,8 @@ def _advice(model: nn.Module, images: Tensor) -> str: # where a pass has failed
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)),
                  images.shape[1])
     if like != images.dtype:
-        return f'Its weights are {like}: give network and images one type'
+        return (f'Its weights are {like} and the images {images.dtype}: give network and '
+                'images one type')
     if first != images.shape[1]:
         return (f'Its first convolution takes {first} channels: give it images of as '
                 f'many, such as images.expand(-1, {first}, -1, -1) of grey ones')

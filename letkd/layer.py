@@ -57,10 +57,9 @@ class KDLayer(nn.Module):
             if found < 1:
                 raise ValueError(f'KDLayer: found {name} = {found}; '
                                  'expected at least 1')
-        for name, found in dict(alpha=alpha, scale=scale).items():
-            if not math.isfinite(found):
-                raise ValueError(f'KDLayer: found {name} = {found}; '
-                                 'expected a finite number')
+        if not math.isfinite(alpha * scale):
+            raise ValueError(f'KDLayer: found alpha = {alpha}, scale = {scale}; '
+                             'expected finite numbers')
         super().__init__()
         self.channels, self.alpha = channels, float(alpha)
         self.init_scale = float(scale)
@@ -113,9 +112,9 @@ def _last(self: KDLayer, x: Tensor) -> Tensor:
                          f'{self.channels}. Build it with the channels of the map '
                          'behind which it stands')
     if self.alpha and self.semantics is None:
-        raise ValueError(f'KDLayer: found alpha = {self.alpha:g} in a layer that was made '
-                         'with alpha = 0 and has no second 1x1; make it with another '
-                         'alpha, which may be set to 0 later')
+        raise ValueError(f'KDLayer: found alpha = {self.alpha:g} in a layer that was '
+                         'made with alpha = 0 and has no second 1x1; make it with '
+                         'another alpha, which may be set to 0 later')
     return x
 
 def _like(rows: Tensor, last: Tensor, x: Tensor
@@ -238,7 +237,8 @@ def _check_supervised(targets: dict, losses: Losses):
         raise RuntimeError(f'supervised: {", ".join(missed)} was not reached. '
                            'Is it inserted into the student, and did the student run '
                            'within the block?')
-    transformed = torch._C._are_functorch_transforms_active()  # they look after gradients
+    # a transform of `torch.func` looks after gradients itself
+    transformed = torch._C._are_functorch_transforms_active()
     if transformed or not torch.is_grad_enabled(): return
     if dead := [_line(l) for l, loss in losses.items()
                 if not loss.requires_grad and l.templates.requires_grad]:

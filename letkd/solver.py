@@ -44,8 +44,8 @@ def _in_range(total):
     "`total`, a sum over the templates, if it is finite."
     if not total.isfinite().all():
         raise ValueError("epsilon is too large, expected sums of epsilon and of "
-                         f"epsilon (S - mu) that {total.dtype} can hold: use match_linear "
-                         "for an infinite epsilon")
+                         f"epsilon (S - mu) that {total.dtype} can hold: use "
+                         "match_linear for an infinite epsilon")
     return total
 
 def _margins(scores, mu, epsilon=None):
@@ -193,12 +193,10 @@ def match_quadratic(
     ranked, order = s.sort(-1, descending=True)
     weight = e.gather(-1, order)
     total = _in_range(weight.cumsum(-1))
-    def price(at): # of the margins that are left at a price; a candidate for each prefix
+    def price(at): # of what margins are left there: a candidate for each prefix
         found = ((weight * (ranked - at)).cumsum(-1) - 1) / total
         return torch.where(binds, found.amax(-1, keepdim=True), 0.)
-    with torch.no_grad():
-        at = price(torch.zeros_like(spent))
-        at = at + price(at)
+    with torch.no_grad(): at = (first := price(0.)) + price(first)
     lam = price(at)  # what is left of it, and the gradient
     p, q = e * F.relu(s - at - lam), F.relu(torch.where(binds, 0., 1 - spent))
     solution = p, q[..., 0], F.relu(at + lam)[..., 0]

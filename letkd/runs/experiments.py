@@ -106,8 +106,9 @@ def _check_fields(e: Experiment):
         if value is not None and not least <= value <= most:
             raise ValueError(f'{key}: found {value}; expected at least {least}'
                              + f' and at most {most}' * (most < math.inf))
-    for key, known in dict(schedule=SCHEDULES, optimiser=OPTIMISERS, eval_split=('train', 'valid', 'test'),
-                           padding=PADDINGS, teacher_recipe=RECIPES).items():
+    for key, known in dict(schedule=SCHEDULES, optimiser=OPTIMISERS, padding=PADDINGS,
+                           teacher_recipe=RECIPES,
+                           eval_split=('train', 'valid', 'test')).items():
         if getattr(e, key) not in known: raise nearest(key, getattr(e, key), known)
     if e.optimiser == 'adamw' and e.lr >= .02:
         raise ValueError(f'lr: found {e.lr:g}, which is SGD\'s; expected less than .02 with '
