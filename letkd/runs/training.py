@@ -186,7 +186,7 @@ def state_dict(self: WholeEpochs) -> dict: # as of a training
 @patch
 def load_state_dict(self: WholeEpochs, state: dict):
     "Continue after the epoch of `state`."
-    own, states = _own_generators(self.loader), state['generators']
+    own, states = _own_generators(self.loader), state.get('generators', ())  # older: none
     if len(own) != len(states):
         raise ValueError(f'batches: found {len(own)} generators; expected {len(states)}')
     self.epoch = state['epoch']
