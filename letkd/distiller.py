@@ -472,18 +472,19 @@ def _look(self: Distiller, maps: Maps, batch: Batch):
     if self.looked:
         if y.device.type == 'cpu': _check_range(z, batch)  # a GPU has to be waited for
         return
-    if z.ndim != 2 or len(z) != count:
-        raise ValueError(f'student: found an output of shape {tuple(z.shape)}; '
-                         f'expected logits B x Y of {count} images')
+    _check_logits('student', z, count)
     if y.ndim == 2 and y.shape[1] != z.shape[1]:
         raise ValueError(f'labels: found shares of {y.shape[1]} classes; the student '
                          f'knows {z.shape[1]}')
-    t = maps.teacher_logits
-    if t is not None and (t.ndim != 2 or len(t) != count):
-        raise ValueError(f'teacher: found an output of shape {tuple(t.shape)}; '
-                         f'expected logits B x Y of {count} images')
+    if maps.teacher_logits is not None:
+        _check_logits('teacher', maps.teacher_logits, count)
     _check_range(z, batch)
     self.looked = True
+
+def _check_logits(side: str, logits: Tensor, count: int):
+    if logits.ndim != 2 or len(logits) != count:
+        raise ValueError(f'{side}: found an output of shape {tuple(logits.shape)}; '
+                         f'expected logits B x Y of {count} images')
 
 def _check_range(logits: Tensor, batch: Batch):
     y, index = batch.labels, batch.index
@@ -647,9 +648,7 @@ def classes(self: Setup, side: str) -> int: # Y of the 'student' or the 'teacher
     model, images = getattr(self, side), self.first[0]
     if not is_exported(model): images = images[:2]  # a size may be fixed there
     z = logits_of(_run(side, model, images), side, self.output)
-    if z.ndim != 2 or len(z) != len(images):
-        raise ValueError(f'{side}: found an output of shape {tuple(z.shape)}; '
-                         f'expected logits B x Y of {len(images)} images')
+    _check_logits(side, z, len(images))
     return z.shape[1]
 
 # %% ../nbs/distiller.ipynb #4067f49c

@@ -197,9 +197,11 @@ def folder_identity(path,        # of the folder
     """A hash of every photo's name and contents, and of the squares that are seen of them,
     whatever the folder is called."""
     path = Path(path).expanduser()
-    found = {split: _contents(photos, root) for split, photos in _splits(path, 0.).items()}
+    known = _splits(path, 0.)
+    found = {split: _contents(photos, root) for split, photos in known.items()}
     # smaller sets, whose squares have always been these, keep their names
-    if _is_large(_splits(path, held_out), resolution): found['central'] = 1.
+    if held_out: known = _splits(path, held_out)
+    if _is_large(known, resolution): found['central'] = 1.
     return digest(found)
 
 # %% ../../nbs/data/folders.ipynb #fce83c3b

@@ -127,8 +127,8 @@ def _details(distiller: Distiller) -> dict: # {name: text} of what decides the l
     "The plain attributes of terms and of modules in them, and a hash of the teacher."
     modules = [found for term in distiller.terms for found in term.named_modules(prefix=term.name)]
     modules += distiller.layers.items()
-    told = {f'{path}.{k}': repr(v) for path, m in modules
-            for k, v in _plain(m).items() if k not in _restored(m)}
+    told = {f'{path}.{k}': repr(v) for path, m in modules for restored in [_restored(m)]
+            for k, v in _plain(m).items() if k not in restored}
     try: told['teacher'] = tensors_hash(distiller.teacher.state_dict().items())
     except Exception: pass  # there is none, or its weights are no plain tensors
     return told
