@@ -139,6 +139,7 @@ def layer(self: Setup,
           taps: tuple,              # (student's tap, teacher's tap)
           supervision: Supervision, # not fitted yet
           alpha: float,             # weight of the embedding
+          weight: float = 1.,       # factor in the total loss
          ) -> SupervisedLayer:
     "Fit a supervision at a pair of taps and build the layer that it teaches."
     ours, channels, grid = self.place_of_layer(taps[0], alpha)
@@ -147,7 +148,7 @@ def layer(self: Setup,
     supervision = self.fit(supervision, pixels)
     layer = KDLayer(channels, supervision.num_templates, alpha)
     size = tuple(self.first[0].shape[2:])
-    return SupervisedLayer(name, ours, theirs, layer, supervision, grid, size=size)
+    return SupervisedLayer(name, ours, theirs, layer, supervision, grid, weight, size)
 
 # %% ../nbs/07_terms.ipynb #46fa520e
 #| code-fold: true
@@ -164,44 +165,50 @@ def kernel_tap(model: nn.Module # the teacher
 
 # %% ../nbs/07_terms.ipynb #81df4d8c
 #| code-fold: true
-def quest(setup: Setup,                  # what it is built for
-          num_prototypes: int = 4096,    # K
+def quest(setup: Setup,                   # what it is built for
+          num_prototypes: int = 4096,     # K
           tau: float = 1., # temperature of the prototypes, letKD's; QuEST's own is .2
-          alpha_penultimate: float = 0., # 0: supervision alone
-          kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
+          alpha_penultimate: float = 0.,  # 0: supervision alone
+          kernels: bool = False,          # the teacher's 3x3 kernels instead of K-means
           # their temperature, in standard deviations of the responses
           kernel_tau: float = .25,
-         ) -> list:                      # of terms
+          penultimate_weight: float = 1., # factor in the total loss
+         ) -> list:                       # of terms
     """Prototypes supervise the penultimate map through a KD layer without a transform
     (Jain et al., 2020)."""
     taps, supervision = setup.penultimate, KMeansPrototypes(num_prototypes, tau)
     if kernels:
         taps = taps[0], kernel_tap(setup.teacher)
         supervision = KernelPrototypes(kernel_tau)
-    return [setup.layer('penultimate', taps, supervision, alpha_penultimate)]
+    return [setup.layer('penultimate', taps, supervision, alpha_penultimate,
+                        penultimate_weight)]
 
-def letkd1(setup: Setup,                  # what it is built for
-           num_prototypes: int = 4096,    # K
-           tau: float = 1.,               # temperature of the prototypes
-           alpha_penultimate: float = 1., # weight of the embedding
-           kernels: bool = False,         # the teacher's 3x3 kernels instead of K-means
+def letkd1(setup: Setup,                   # what it is built for
+           num_prototypes: int = 4096,     # K
+           tau: float = 1.,                # temperature of the prototypes
+           alpha_penultimate: float = 1.,  # weight of the embedding
+           kernels: bool = False,          # the teacher's 3x3 kernels instead of K-means
            # their temperature, in standard deviations of the responses
            kernel_tau: float = .25,
-          ) -> list:                      # of terms
+           penultimate_weight: float = 1., # factor in the total loss
+          ) -> list:                       # of terms
     "The KD layer at the penultimate map (Görgün et al., 2023)."
-    return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau)
+    return quest(setup, num_prototypes, tau, alpha_penultimate, kernels, kernel_tau,
+                 penultimate_weight)
 
 # %% ../nbs/07_terms.ipynb #6aa152ff
 #| code-fold: true
-def letkd_intermediate(setup: Setup,                   # what it is built for
-                       alpha_intermediate: float = 1., # weight of the embedding
-                       num_dims: int = 60,             # dimensions that LDA keeps
-                       per_class: int = 8,             # sub-classes in each class
-                      ) -> list:                       # of terms
+def letkd_intermediate(setup: Setup,                    # what it is built for
+                       alpha_intermediate: float = 1.,  # weight of the embedding
+                       num_dims: int = 60,              # dimensions that LDA keeps
+                       per_class: int = 8,              # sub-classes in each class
+                       intermediate_weight: float = 1., # factor in the total loss
+                      ) -> list:                        # of terms
     """The KD layer at the intermediate map alone, a row of letKD's ablations
     (Görgün et al., 2023)."""
     return [setup.layer('intermediate', setup.intermediate,
-                        SubClasses(num_dims, per_class), alpha_intermediate)]
+                        SubClasses(num_dims, per_class), alpha_intermediate,
+                        intermediate_weight)]
 
 def letkd2(setup: Setup,                   # what it is built for
            num_prototypes: int = 4096,     # K of the penultimate layer
@@ -211,11 +218,15 @@ def letkd2(setup: Setup,                   # what it is built for
            alpha_intermediate: float = 1., # and at the intermediate one
            num_dims: int = 60,             # dimensions that LDA keeps
            per_class: int = 8,             # sub-classes in each class
+           penultimate_weight: float = 1., # factors in the total loss
+           intermediate_weight: float = 1.,
           ) -> list:                       # of terms
     """letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes
     (Görgün et al., 2023)."""
-    return [*letkd_intermediate(setup, alpha_intermediate, num_dims, per_class),
-            *letkd1(setup, num_prototypes, tau, alpha_penultimate)]
+    near = letkd_intermediate(setup, alpha_intermediate, num_dims, per_class,
+                              intermediate_weight)
+    return [*near, *letkd1(setup, num_prototypes, tau, alpha_penultimate,
+                           penultimate_weight=penultimate_weight)]
 
 # %% ../nbs/07_terms.ipynb #95a980eb
 #| code-fold: true
@@ -265,9 +276,10 @@ def layer2(setup: Setup,                     # what it is built for
 #| code-fold: true
 def kd(setup: Setup,            # what it is built for
        temperature: float = 4., # T
+       kd_weight: float = 1.,   # factor in the total loss
       ) -> list:                # of terms
     "Softened logits (Hinton et al., 2015)."
-    return [KD(temperature=temperature)]
+    return [KD(kd_weight, temperature)]
 
 def dkd(setup: Setup,             # what it is built for
         dkd_alpha: float = 1.,    # weight of TCKD
