@@ -169,7 +169,8 @@ def quest(setup: Setup,                   # what it is built for
           num_prototypes: int = 4096,     # K
           tau: float = 1., # temperature of the prototypes, letKD's; QuEST's own is .2
           alpha_penultimate: float = 0.,  # 0: supervision alone
-          kernels: bool = False,          # the teacher's 3x3 kernels instead of K-means
+          # the teacher's 3x3 kernels instead of K-means
+          kernels: bool = False,
           # their temperature, in standard deviations of the responses
           kernel_tau: float = .25,
           penultimate_weight: float = 1., # factor in the total loss
@@ -183,11 +184,14 @@ def quest(setup: Setup,                   # what it is built for
     return [setup.layer('penultimate', taps, supervision, alpha_penultimate,
                         penultimate_weight)]
 
+# %% ../nbs/07_terms.ipynb #c6982787
+#| code-fold: true
 def letkd1(setup: Setup,                   # what it is built for
            num_prototypes: int = 4096,     # K
            tau: float = 1.,                # temperature of the prototypes
            alpha_penultimate: float = 1.,  # weight of the embedding
-           kernels: bool = False,          # the teacher's 3x3 kernels instead of K-means
+           # the teacher's 3x3 kernels instead of K-means
+           kernels: bool = False,
            # their temperature, in standard deviations of the responses
            kernel_tau: float = .25,
            penultimate_weight: float = 1., # factor in the total loss
@@ -218,8 +222,8 @@ def letkd2(setup: Setup,                   # what it is built for
            alpha_intermediate: float = 1., # and at the intermediate one
            num_dims: int = 60,             # dimensions that LDA keeps
            per_class: int = 8,             # sub-classes in each class
-           penultimate_weight: float = 1., # factors in the total loss
-           intermediate_weight: float = 1.,
+           penultimate_weight: float = 1., # factor of that loss in the total
+           intermediate_weight: float = 1., # and of the intermediate one
           ) -> list:                       # of terms
     """letKD-1 and a second KD layer at the intermediate map, supervised by sub-classes
     (Görgün et al., 2023)."""
