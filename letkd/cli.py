@@ -119,7 +119,8 @@ def _draw(figure, file, dpi: int): # whole or not at all; without a suffix as PN
 def _study_table(name, out, markdown, figure, dataset, pair, settings, records=None):
     from letkd.results.published import beside_study, format_study, plot_option
     from letkd.results.tables import read_records
-    if name == 'ablation/cost': return _costs(dataset, pair, None, markdown)
+    if name == 'ablation/cost':
+        return _costs(dataset, pair, None, markdown, figure=figure, set=settings)
     if records is None: records = read_records(out) if Path(out).exists() else []
     frame = beside_study(name, records, dataset, pair, **_settings(settings))
     where = ' '.join(filter(None, [dataset, pair.replace('-', ' → '), ', '.join(settings)]))
@@ -130,8 +131,12 @@ def _study_table(name, out, markdown, figure, dataset, pair, settings, records=N
                          'ablation/subclasses is a curve')
     _draw(plot_option(frame, where), figure, 150)
 
-def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = False):
+def _costs(dataset: str, pair: str, device: Optional[str], markdown: bool = False,
+           **others): # {option of a study with runs: something false if it was not given}
     from letkd.results.probes import format_costs, layer_costs
+    if given := [option for option, value in others.items() if value]:
+        raise ValueError(f'--{given[0]}: found ablation/cost, which is measured and trains '
+                         'nothing; it takes --dataset, --pair and --device')
     dataset, student = dataset or 'cifar100', (pair or 'resnet20').rpartition('-')[2]
     frame = layer_costs(student, dataset, device=device)
     title = (f'ablation/cost: one KD layer in {student} on {dataset}; '
@@ -206,7 +211,8 @@ def sweep_command(name: str, # 'cifar100', 'ablation/layers'; see `letkd.results
                   jobs: int = 1,        # runs at the same time
                  ):
     "Run what is missing of a study, then print its table."
-    if name == 'ablation/cost': return _costs(dataset, pair, device)
+    others = dict(seeds=seeds > 1, set=settings, jobs=jobs > 1, recipe=recipe != 'letkd', log=log)
+    if name == 'ablation/cost': return _costs(dataset, pair, device, **others)
     from letkd.results.probes import probe_run
     from letkd.runs.running import run
     from letkd.results.published import study
@@ -494,7 +500,7 @@ def _run_arguments(commands):
 # %% ../nbs/cli.ipynb #9f50e7ab
 _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, '
             '/subclasses, /naive, /probe, /cost, claims/main, /wide, /methods, /embedding, '
-            '/subclasses, /kernels, /hints, /prototypes, /long')
+            '/subclasses, /kernels, /hints, /prototypes, /long, /weights, /layer, /published')
 
 def _elsewhere(parser):
     parser.add_argument('--dataset', default='',
@@ -651,7 +657,8 @@ def main(args: Optional[list] = None # of strings; None: those of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as e:
         said = str(e) or 'interrupted'
-        if 'goes on' not in said: said += '; the same command goes on from the last checkpoint'
+        if 'goes on' not in said and 'checkpoint_every' in given:
+            said += '; the same command goes on from the last checkpoint'
         print(f'\nletkd: {said}', file=sys.stderr)
         return getattr(e, 'code', 130)
     except (*_ERRORS, TypeError) as e:

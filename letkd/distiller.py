@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'Batch', 'Maps', 'check_share', 'Term', 'Distiller', 'as_module', 'raise_all', 'attempted', 'named',
-           'CrossEntropy', 'Setup']
+           'clashes', 'CrossEntropy', 'Setup']
 
 # %% ../nbs/distiller.ipynb #fb365586
 import warnings
@@ -90,7 +90,7 @@ class Term(nn.Module):
     same_classes = False
     timed = False  # does its loss depend on how far the training has come?
 
-    def silent(self, batch: Batch) -> bool: return False # is its loss 0 in this step?
+    def silent(self, batch: Batch) -> bool: return False # loss 0 now, without `forward`?
     def targets(self, maps: Maps, batch: Batch) -> dict:
         return {} # {tap of a layer: its target}; the teacher has run
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
@@ -199,28 +199,35 @@ def named(side: str,    # 'student' or 'teacher'
 def _faults(d: Distiller) -> Iterator[Exception]:
     """Where the terms do not fit together, or to the networks; nothing has been changed
     yet."""
-    names = [t.name for t in d.terms]
-    places = [tap for t in d.terms for tap in t.layers]
-    paths = [path for t in d.terms for path in t.replaces]
     if not isinstance(d.student, nn.Module):
         yield TypeError(f'student: found {type(d.student).__name__}; '
                         'expected a network')
-    if len(set(names)) < len(names):
-        yield ValueError(f'Distiller: found terms {names}; '
-                         'each needs a name of its own')
+        return
+    yield from clashes('Distiller', d.terms)
     if d.needs_teacher and d.teacher is None:
         yield ValueError('Distiller: found no teacher; '
                          f'{[t.name for t in d.terms if t.teacher]} need one')
-    for what, at in (('KD layers', places), ('replacements', paths)):
-        if len(set(at)) < len(at):
-            yield ValueError(f'Distiller: found {what} at {at}; each place holds one')
-    for tap in dict.fromkeys([*d.taps('student'), *places, *paths]):
+    paths = [path for t in d.terms for path in [*t.layers, *t.replaces]]
+    for tap in dict.fromkeys([*d.taps('student'), *paths]):
         yield from named('student', attempted(resolve, d.student, tap))
     for tap in d.taps('teacher') if d.teacher is not None else ():
         yield from named('teacher', attempted(resolve, d.teacher, tap))
     yield from _shared(d)
     yield from _given_before(d)
     yield from _wrapped(d)
+
+# %% ../nbs/distiller.ipynb #eb5240b0
+def clashes(what: str,             # whose terms these are, for the message
+            terms: Iterable[Term], # of one student
+           ) -> Iterator[Exception]: # the errors
+    "Where terms claim the same name or the same place."
+    names = [t.name for t in terms]
+    if len(set(names)) < len(names):
+        yield ValueError(f'{what}: found terms {names}; each needs a name of its own')
+    for kind, of in {'KD layers': 'layers', 'replacements': 'replaces'}.items():
+        at = [path for t in terms for path in getattr(t, of)]
+        if len(set(at)) < len(at):
+            yield ValueError(f'{what}: found {kind} at {at}; each place holds one')
 
 # %% ../nbs/distiller.ipynb #8e1c0a02
 def _shared(d: Distiller) -> list:
@@ -308,7 +315,7 @@ def forward(self: Distiller,
     maps.student = as_maps(self.student, maps.student, batch.images,
                            self.layouts['student'])
     self._look(maps, batch)
-    found = {term.name: _scalar(term, term(maps, batch)) for term in self.terms}
+    found = {term.name: _loss(term, maps, batch) for term in self.terms}
     if torch.is_grad_enabled(): self._check_gradients(found, maps, losses.cut, batch)
     weighted = {term.name: term.weight * found[term.name] for term in self.terms}
     return maps.student_logits, weighted
@@ -400,13 +407,11 @@ def _check_exported(model: nn.Module):
 # %% ../nbs/distiller.ipynb #a91d9c41
 @patch
 def targets(self: Distiller,
-            images: Tensor,                  # B x 3 x H x W
-            labels: Optional[Tensor] = None, # B, where a supervision needs them
+            images: Tensor, # B x 3 x H x W; or a whole batch, see `letkd.taps.unpack`
+            labels: Optional[Tensor] = None, # B class numbers, or B x Y shares
            ) -> dict: # {tap of a KD layer: its target for this batch}
     "What the teacher would say about a batch; the student does not run."
-    alone = labels is None and isinstance(images, Tensor)
-    batch = Batch(images, None) if alone else self.batch(images, labels)
-    return self._targets(Maps(), batch)
+    return self._targets(Maps(), self.batch(images, labels))
 
 @patch(as_prop=True)
 def layers(self: Distiller) -> dict: # {tap: KDLayer}
@@ -523,8 +528,10 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
                            '`Term.silent`')
 
 # %% ../nbs/distiller.ipynb #ab9949b8
-def _scalar(term: Term, loss) -> Tensor: # the loss of a batch
+def _loss(term: Term, maps: Maps, batch: Batch) -> Tensor: # scalar, before the weight
     "Raise an error for a loss that is more than a number, or none."
+    if term.silent(batch): return precise(maps.student_logits).new_zeros(())
+    loss = term(maps, batch)
     if isinstance(loss, (int, float)) or getattr(loss, 'ndim', None) == 0: return loss
     raise ValueError(f'loss of the term {term.name!r}: found a {type(loss).__name__} '
                      f'{list(getattr(loss, "shape", ""))}; expected one number, such as '
@@ -568,7 +575,6 @@ class CrossEntropy(Term):
     def silent(self, batch: Batch) -> bool: return batch.progress < self.start
 
     def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        if self.silent(batch): return precise(maps.student_logits).new_zeros(())
         z, y = precise(maps.student_logits), batch.labels
         return F.cross_entropy(z, y if y.ndim == 1 else y.to(z.dtype))
 

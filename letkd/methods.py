@@ -23,7 +23,8 @@ from .baselines.simkd import simkd
 from .baselines.sp import sp
 from .baselines.tdd import tdd
 from .baselines.vid import vid
-from .distiller import USUAL, CrossEntropy, Setup, Term, attempted, named, raise_all
+from .distiller import USUAL, CrossEntropy, Setup, Term
+from .distiller import attempted, clashes, named, raise_all
 from .models.imports import OWN, PACKAGES, nearest
 from .models.places import places
 from .taps import as_maps, capture, evaluating, resolve, unwritten
@@ -35,7 +36,8 @@ METHODS = dict(kd=kd, fitnet=fitnet, fitnet2=fitnet2, at=at, sp=sp, vid=vid, ab=
                # by name; each may be part of a sum
                tdd=tdd, quest=quest, letkd1=letkd1, letkd2=letkd2,
                letkd_intermediate=letkd_intermediate, layer=layer, layer2=layer2)
-# (cross-entropy, method) of rows whose weights are not 1; TDD includes KD with weight .9
+# (cross-entropy, method) of rows whose weights are not 1, in any order of a sum;
+# TDD includes KD with weight .9
 WEIGHTS = {'kd': (.1, .9), 'simkd': (0., 1.), 'tdd': (.1, 1.), 'tdd+crd': (.1, 1.)}
 
 # %% ../nbs/methods.ipynb #c6c4a6c3
@@ -114,10 +116,14 @@ def addends(method: str) -> list: # the functions of METHODS, none for 'ce'
                           ['ce', *METHODS, *installed()], OWN)
     if len(set(names)) < len(names): raise ValueError(f'method {method!r}: found a part twice')
     rest = '+'.join(others)
-    if others and 'ce' in names and rest not in WEIGHTS:
+    if others and 'ce' in names and _weights(rest) == (1., 1.):
         raise ValueError(f'method {method!r}: cross-entropy has weight 1 in {rest} already; '
                          f'expected {rest!r}')
     return [METHODS[name] for name in others]
+
+def _weights(method: str) -> tuple: # (cross-entropy, method) of a row
+    parts = set(method.split('+'))
+    return next((w for row, w in WEIGHTS.items() if parts == set(row.split('+'))), (1., 1.))
 
 def method_options(method: str) -> dict: # {name: default}
     "What can be set for a method: the arguments of its parts."
@@ -152,7 +158,7 @@ class _Rehearsal(Setup):
 
     def layer(self, name: str, taps: tuple, *_) -> Term:
         for side, tap in zip(('student', 'teacher'), taps): self.place(side, tap)
-        return Term(name)
+        return Term(name, layers={taps[0]: nn.Identity()})
 
 # %% ../nbs/methods.ipynb #19e1c003
 def _pairs(value) -> list: # the pairs of taps in an option: itself, or its items
@@ -259,6 +265,7 @@ def check_method(method: str,  # a row's name
             chosen = {k: v for k, v in options.items() if k in own}
             found, built = _rehearse(part, setup, chosen)
             faults, terms = faults + found, terms + built
+        faults += clashes(method, [CrossEntropy(), *terms])
         if not faults and terms: faults += [*_other_classes(setup, terms)] or _unread(setup, terms)
     raise_all(method, faults)
 
@@ -290,7 +297,7 @@ def create_terms(method: str, # 'ce', a name in `METHODS`, or a sum such as 'let
                 ) -> list:  # terms for `Distiller(student, teacher, terms)`
     "The terms of a method by name, for any two networks."
     setup = Setup(student, teacher, batches, penultimate, intermediate, fit, output)
-    ce, weight = WEIGHTS.get(method, (1., 1.))
+    ce, weight = _weights(method)
     check_method(method, setup, **options)
     chosen = lambda part: {k: v for k, v in options.items()
                            if k in inspect.signature(part).parameters}

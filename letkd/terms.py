@@ -240,8 +240,6 @@ class FreeLayer(Term):
         super().__init__('layer', teacher=False, layers=layers)
 
     def silent(self, batch: Batch) -> bool: return True
-    def forward(self, maps: Maps, batch: Batch) -> Tensor:
-        return precise(maps.student_logits).new_zeros(())
 
 @patch
 def free(self: Setup,

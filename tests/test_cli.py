@@ -156,6 +156,11 @@ def test_table_of_what_was_run(out, record, capsys):
     (['table', 'cifar'], 'cifar100'),
     (['table', 'ablation/layer'], 'ablation/layers'),
     (['sweep', 'ablation/costs'], 'ablation/cost'),
+    (['sweep', 'ablation/cost', '--dataset', 'birds'], "data set: found 'birds'"),
+    (['sweep', 'ablation/cost', '--seeds', '2'], '--seeds: found ablation/cost'),
+    (['sweep', 'ablation/cost', '--set', 'epochs=3'], '--set: found ablation/cost'),
+    (['table', 'ablation/cost', '--figure', 'a.png'], '--figure: found ablation/cost'),
+    (['run', 'digit_pairs/resnet14-resnet8/letkd1+layer'], 'each place holds one'),
     (['sweep', 'ablation/layers', '--set', 'epoch=1'], 'epochs'),
     (['run', 'digit_pairs/resnet20', '--checkpoint-every', 'often'],
      'a number of steps such as 200'),
@@ -345,6 +350,29 @@ class Two(nn.Module):
     assert main(['--import', str(tmp_path/'heads.py'), 'run', 'digit_pairs/heads:Two', '--out',
                  str(tmp_path/'runs'), '--quiet', *sets(epochs=1, train_size=64)]) == 2
     one_line(capsys, 'or let the network return them alone')
+
+
+def test_help_names_every_study():
+    from letkd.cli import _STUDIES
+    from letkd.results.published import ABLATIONS, CLAIMS, published
+    named, kind = [], ''
+    for word in _STUDIES.split(', '):
+        before, slash, short = word.rpartition('/')
+        kind = before or kind
+        named.append(f'{kind}/{short}' if slash else word)
+    ablations = [f'ablation/{a}' for a in (*ABLATIONS, 'cost')]
+    assert named == [*published().dataset.unique(), *ablations,
+                     *(f'claims/{c}' for c in CLAIMS)]
+
+
+@pytest.mark.parametrize('args, goes_on', [
+    (['bench', '--quick'], False), (['run', 'digit_pairs/resnet8'], True)])
+def test_only_what_keeps_a_checkpoint_promises_to_go_on(args, goes_on, monkeypatch, capsys):
+    from letkd.cli import main
+    def stop(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr('letkd.cli._call', stop)
+    assert main(args) == 130
+    assert ('goes on' in capsys.readouterr().err) == goes_on
 
 
 def test_the_cost_of_a_layer_needs_no_run(capsys):

@@ -7,6 +7,7 @@ does it again.
 """
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
@@ -561,18 +562,19 @@ def test_no_program_is_run(kind, tmp_path):
         (tmp_path/name).write_bytes(bad)
     e = Experiment.named('digit_pairs/resnet8-resnet8x0.5/kd',
                          teacher_checkpoint=str(tmp_path/'a.pth'), **MINI)
-    done = tmp_path/'runs'/e.folder
-    done.mkdir(parents=True)
-    for name in ('checkpoint.pt', 'student.safetensors'): (done/name).write_bytes(bad)
     alone = Experiment.named('digit_pairs/resnet8x0.5', **MINI)
-    (tmp_path/'runs'/alone.folder).mkdir(parents=True)
-    (tmp_path/'runs'/alone.folder/'student.safetensors').write_bytes(bad)
+    done = tmp_path/'runs'/alone.folder
+    done.mkdir(parents=True)
+    mark = hashlib.sha256(bad).hexdigest()[:16]
+    for name in (f'checkpoint-00000001-{mark}.pt', 'student.safetensors'):
+        (done/name).write_bytes(bad)
     ways = [lambda: read_checkpoint(tmp_path/'a.pth'),
             lambda: read_checkpoint(tmp_path/'a.safetensors'),
             lambda: create_model('resnet8', 10, tmp_path/'ckpt'),
             lambda: create_model('resnet34', 10, tmp_path/'a.pth'),
             lambda: tiny_imagenet.tiny_imagenet('test', root=tmp_path),
             lambda: run(e, tmp_path/'runs', quiet=True),
+            lambda: run(alone, tmp_path/'runs', quiet=True),
             lambda: load_run(alone, tmp_path/'runs'), lambda: read_record(tmp_path/'a.json')]
     for way in ways:
         with pytest.raises(ValueError, match=str(tmp_path)): way()

@@ -1,5 +1,6 @@
 "Every cell of the published tables: its settings, each with a reason, and a step of its training."
 import ast
+import importlib.util
 from functools import cache
 from itertools import chain
 from math import isfinite
@@ -125,6 +126,15 @@ def test_a_pair_gives_its_settings_to_the_methods_that_it_names():
             for method in METHODS.keys() - by_method.keys():
                 e = Experiment.named(f'{name}/{pair}/{method}')
                 assert not different(e).keys() & set(chain(*by_method.values())), e.name
+
+
+def test_original_recipes_are_those_of_the_papers(monkeypatch):
+    "Whatever methods of one's own were registered first."
+    monkeypatch.setitem(METHODS, 'mine', lambda setup: [])
+    spec = importlib.util.find_spec('letkd.runs.recipes')
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert fresh.ORIGINAL == ORIGINAL
 
 
 def test_every_method_has_an_original_recipe():

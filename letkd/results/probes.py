@@ -31,6 +31,7 @@ from ..layer import FoldedKDLayer, KDLayer, folded
 from ..methods import create_terms
 from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
+from ..models.imports import nearest
 from ..models.pairs import places_of
 from ..prototypes import KMeansPrototypes, one_thread
 from ..subclasses import SubClasses
@@ -195,6 +196,7 @@ def layer_costs(student: str,             # a name that `create_model` and `plac
                ) -> pd.DataFrame:         # a row for each of `COSTS`
     "What one KD layer adds to a student, on random images; nothing is trained."
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if dataset not in SHAPES: raise nearest('data set', dataset, SHAPES)
     classes, pixels = SHAPES[dataset]
     images = torch.randn(batch, 3, pixels, pixels, device=device)
     plain = create_model(student, classes).to(device).eval()

@@ -110,8 +110,9 @@ RECIPES = ('letkd', 'original')
 _SCRIPT = dict(padding='zeros', nesterov=False, drop_last=False)
 # methods that letKD's authors trained
 _LETKD = ('quest', 'letkd1', 'letkd2', 'letkd_intermediate', 'layer', 'layer2')
+_PAPERS = [name for name, method in METHODS.items() if method.__module__.startswith('letkd.')]
 # {method: fields}
-ORIGINAL = {method: {} if method in _LETKD else _SCRIPT for method in ('ce', *METHODS)}
+ORIGINAL = {method: {} if method in _LETKD else _SCRIPT for method in ('ce', *_PAPERS)}
 _ORIGINAL_PHOTOS = dict(dkd=dict(batch_size=512, lr=.2)) # {method: fields} on ImageNet
 
 def _original(dataset: str, method: str
