@@ -310,7 +310,7 @@ def forward(self: Distiller,
     with nullcontext() if self.looked else _watched(self, batch.images), \
          capture(self.student, self.taps('student')) as maps.student, \
          supervised({layers[tap]: target for tap, target in targets.items()}) as losses:
-        maps.student_logits = self._logits('student', self.student(batch.images))
+        maps.student_logits = logits_of(self.student(batch.images), 'student', self.output)
     maps.losses = {tap: losses[layers[tap]] for tap in targets}
     maps.student = as_maps(self.student, maps.student, batch.images,
                            self.layouts['student'])
@@ -353,13 +353,6 @@ def _share_done(d: Distiller, progress: Optional[float],
         if share is not None: check_share(name, share)
     return progress or 0.
 
-@patch
-def _logits(self: Distiller,
-            side: str, # 'student' or 'teacher'
-            out,       # what the network of that side has returned
-           ) -> Tensor:
-    return out if isinstance(out, Tensor) else logits_of(out, side, self.output)
-
 # %% ../nbs/distiller.ipynb #847fdf9c
 @patch
 def _targets(self: Distiller, maps: Maps, batch: Batch) -> dict:
@@ -382,7 +375,7 @@ def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
         else:
             with capture(self.teacher, self.taps('teacher')) as maps:
                 out = self.teacher(batch.images)
-        return self._logits('teacher', out), maps
+        return logits_of(out, 'teacher', self.output), maps
 
 # %% ../nbs/distiller.ipynb #8e1c0a06
 def _settle(d: Distiller):
@@ -683,9 +676,10 @@ def place(self: Setup,
         raise
 
 @patch
-def shape(self: Setup, side: str, tap: str
-         ) -> tuple: # (channels, (h, w)) of the map at a tap of 'student' or 'teacher'
-    return self.place(side, tap)[1:]
+def shapes(self: Setup,
+           taps: tuple # (student's tap, teacher's tap)
+          ) -> list: # (channels, (h, w)) of the student's map and of the teacher's
+    return [self.place(side, tap)[1:] for side, tap in zip(('student', 'teacher'), taps)]
 
 # %% ../nbs/distiller.ipynb #159f633f
 class _Lost(nn.Module):

@@ -110,9 +110,7 @@ def ab(setup: Setup,               # what it is built for
       ) -> list:                   # of terms
     "Activation boundaries (Heo et al., 2019); cross-entropy should start where `alone` ends."
     images = setup.first[0][:2]
-    sides = (('student', setup.student), ('teacher', setup.teacher))
-    taps = [[before_relu(model, tap, images) for tap in side]
-            for (_, model), side in zip(sides, split_pairs(boundaries))]
-    shapes = [[setup.shape(name, tap) for tap in side] for (name, _), side in zip(sides, taps)]
-    connectors = [connector(s, t) for s, t in zip(*shapes)]
-    return [ActivationBoundary(tuple(zip(*taps)), connectors, alone, margin, ab_weight)]
+    pairs = tuple((before_relu(setup.student, s, images), before_relu(setup.teacher, t, images))
+                  for s, t in zip(*split_pairs(boundaries)))
+    connectors = [connector(*setup.shapes(pair)) for pair in pairs]
+    return [ActivationBoundary(pairs, connectors, alone, margin, ab_weight)]

@@ -6,7 +6,6 @@
 __all__ = ['STAGES', 'split_pairs', 'paired_rows', 'attention', 'AttentionTransfer', 'at']
 
 # %% ../../nbs/baselines/at.ipynb #c1e969d8
-import torch
 from torch import Tensor
 
 from ..distiller import Batch, Maps, Setup, Term

@@ -191,8 +191,7 @@ def crd(setup: Setup, # what it is built for; its penultimate maps are pooled an
        ) -> list:                     # of terms
     """Contrastive representation distillation; all defaults are those of the paper's experiments
     (Tian et al., 2020)."""
-    channels = [setup.shape(side, tap)[0]
-                for side, tap in zip(('student', 'teacher'), setup.penultimate)]
+    channels = [c for c, _ in setup.shapes(setup.penultimate)]
     labels = training_labels(setup.batches)
     return [Contrast(*setup.penultimate, channels, labels, num_negatives, crd_temperature,
                      crd_momentum, embedding_dims, crd_weight)]

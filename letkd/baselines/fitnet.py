@@ -6,7 +6,6 @@
 __all__ = ['hint_convolution', 'as_map', 'Hint', 'fitnet', 'fitnet2']
 
 # %% ../../nbs/baselines/fitnet.ipynb #2b3f5123
-import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
@@ -64,7 +63,7 @@ class Hint(Term):
 # %% ../../nbs/baselines/fitnet.ipynb #a79e5bc0
 def _hint(setup: Setup, taps: tuple, weight: float, name: str = 'fitnet'
          ) -> Hint: # with the regressor that the two maps need
-    (c_s, s), (c_t, t) = (setup.shape(side, tap) for side, tap in zip(('student', 'teacher'), taps))
+    (c_s, s), (c_t, t) = setup.shapes(taps)
     return Hint(*taps, hint_convolution(c_s, c_t, s, t), weight, name)
 
 def fitnet(setup: Setup,                        # what it is built for

@@ -63,8 +63,7 @@ def fsp(setup: Setup,                                # what it is built for
        ) -> list:                                    # of terms
     "Flow of solution procedure (Yim et al., 2017); cross-entropy should start where `alone` ends."
     stages = (stem, *stages)
-    widths = {pair: [setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
-              for pair in map(tuple, stages)}
+    widths = {pair: [c for c, _ in setup.shapes(pair)] for pair in map(tuple, stages)}
     if unequal := {pair: width for pair, width in widths.items() if width[0] != width[1]}:
         raise ValueError(f'fsp: found different channels in student and teacher, {unequal}; '
                          'flow matrices can be compared only where they are equal: '

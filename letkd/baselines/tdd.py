@@ -171,8 +171,7 @@ def tdd(setup: Setup,                # what it is built for
     """Decisions of the stages and softened logits; with weight .1 for cross-entropy, constants of
     the authors' CIFAR-10 example (Song et al., 2021)."""
     ours, theirs = split_pairs(stages)
-    channels, _ = ([setup.shape(side, tap)[0] for tap in taps]
-                   for side, taps in (('student', ours), ('teacher', theirs)))
+    channels = [setup.shapes(pair)[0][0] for pair in stages]
     def tree(tap):
         embeddings = stream(setup.teacher, tap, setup.batches, (1, 1))
         return setup.fit(DecisionTree(neighbours, threshold, by_classes), embeddings)

@@ -68,6 +68,5 @@ def vid(setup: Setup,            # what it is built for
         vid_weight: float = 1.,
        ) -> list:                # of terms
     "Variational information distillation (Ahn et al., 2019)."
-    widths = [[setup.shape(side, tap)[0] for side, tap in zip(('student', 'teacher'), pair)]
-              for pair in stages]
+    widths = [[c for c, _ in setup.shapes(pair)] for pair in stages]
     return [VariationalInformation(stages, [Predictor(*width) for width in widths], vid_weight)]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layer import folded
 
@@ -29,14 +30,11 @@ def channels_last(model: nn.Module # any network; changed in place
 @torch.no_grad()
 def _fold(conv: nn.Module, norm: nn.Module):
     "Give the convolution the weights of equation 1."
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    bias = -norm.running_mean.double()
-    if norm.affine: gain = gain * norm.weight.double()
-    if conv.bias is not None: bias = bias + conv.bias.double()
-    bias = bias * gain + (norm.bias.double() if norm.affine else 0)
-    w = conv.weight
-    w.copy_(w.double() * gain.view(-1, *[1] * (w.ndim - 1)))
-    conv.bias = nn.Parameter(bias.to(w.dtype))
+    own = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    *start, gain, shift = (x if x is None else x.double() for x in own)
+    weight, bias = fuse_conv_bn_weights(*start, norm.eps, gain, shift)
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
 
 # %% ../../nbs/models/folding.ipynb #4b403663
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -6,7 +6,6 @@
 __all__ = ['InvertedResidual', 'MobileNetV2', 'mobilenetv2']
 
 # %% ../../nbs/models/mobilenetv2.ipynb #9b520b02
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/mobilenetv2.ipynb #24a9631e

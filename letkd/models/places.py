@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Optional
 
-import torch
 from torch import Tensor, nn
 
 from ..taps import evaluating

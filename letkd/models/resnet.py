@@ -6,7 +6,6 @@
 __all__ = ['BasicBlock', 'Bottleneck', 'CifarResNet', 'resnet_widths', 'resnet', 'PaddedShortcut', 'PaddedBlock', 'padded_resnet']
 
 # %% ../../nbs/models/resnet.ipynb #d01b835b
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

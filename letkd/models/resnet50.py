@@ -6,7 +6,6 @@
 __all__ = ['ShortcutBottleneck', 'ResNet50', 'resnet50']
 
 # %% ../../nbs/models/resnet50.ipynb #4e13cf4a
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/resnet50.ipynb #53575461

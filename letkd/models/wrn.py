@@ -8,7 +8,6 @@ __all__ = ['PreactBlock', 'WideResNet', 'wrn']
 # %% ../../nbs/models/wrn.ipynb #db8b712d
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/wrn.ipynb #105c285e

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.linalg import subspace_angles
 from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/results/bench.ipynb #3729f86d
@@ -436,10 +437,6 @@ def _lda_forms(x, labels, dims: int, found: dict
     return {'ours': ours, **solvers}
 
 # %% ../../nbs/results/bench.ipynb #4a6829c8
-def _sine(a, b) -> float: # of the largest angle between the columns' spaces
-    (a, _), (b, _) = np.linalg.qr(a), np.linalg.qr(b)
-    return float(np.linalg.norm(b - a @ (a.T @ b), 2))
-
 def measure_lda(scale,                 # a `Scale`: how much
                 device: torch.device, # where
                ) -> list: # of rows; `sine`: of the largest angle to our subspace
@@ -448,7 +445,8 @@ def measure_lda(scale,                 # a `Scale`: how much
     forms = _lda_forms(*_features(n, c, classes), min(60, c - 1, classes - 1), found)
     times = _measure('lda', f'{n} x {c}, {classes} classes', forms, torch.device('cpu'),
                      (0., scale.least), memory=True)
-    return [dict(row, sine=_sine(found['ours'], found[row['form']])) for row in times]
+    sine = lambda theirs: float(np.sin(subspace_angles(found['ours'], theirs)[0]))
+    return [dict(row, sine=sine(found[row['form']])) for row in times]
 
 # %% ../../nbs/results/bench.ipynb #42184169
 def measure_growth(scale, device: torch.device) -> list: # of rows
