@@ -79,13 +79,14 @@ def _recipe_words(dataset: str, pair: str, method: str, recipe: str
     return unusual(Experiment.named(f'{dataset}/{pair}/{own}', recipe))[0]
 
 # %% ../../nbs/results/published.ipynb #c83c2e0b
-def _cells(row: pd.Series, ours: list # of (name, prefix of the columns) of the runs to show
-          ) -> dict:                  # {heading: cell}
+def _cells(row: pd.Series # of `beside`
+          ) -> dict:      # {heading: cell}
     number = lambda value, form='.2f': '' if pd.isna(value) else format(value, form)
     spread = lambda mean, sd: number(mean) + ('' if pd.isna(sd) else f' ± {sd:.2f}')
     cells = {'\nmethod': row.method, '\npublished': spread(row.value, row.sd),
              '\nepoch': '' if pd.isna(row.value) else row.epoch or '?'}
-    for name, prefix in ours:
+    for name, prefix in (('ours', ''), ('original', 'original_')):
+        if f'{prefix}last' not in row: continue
         n, last, sd, best, difference = (row[prefix + k] for k in (*_NUMBERS, 'difference'))
         cells |= {f'{name}\nlast epoch': spread(last, sd) + ('' if pd.isna(n) else f' ({n:.0f})'),
                   f'{name}\nbest epoch': number(best),
@@ -101,14 +102,13 @@ NOTE = ('Epoch: of the published figure; best on the test set, or ? where the so
 def format_beside(frame: pd.DataFrame, # of `beside`
                   style: str = 'text', # or 'markdown'
                  ) -> str:             # several lines
-    """Published figures and ours as the command line prints them. Of a pair that nobody has run,
-    the published ones."""
+    """Published figures and ours as the command line prints them, without columns that would be
+    empty. Of a pair that nobody has run, the published ones."""
     blocks = []
     tops = frame.metric.eq('top5').map({True: 'top-5', False: 'top-1'})
     for (dataset, pair, top), rows in frame.groupby(['dataset', 'pair', tops], sort=False):
-        ours = [(name, prefix) for name, prefix in (('ours', ''), ('original', 'original_'))
-                if f'{prefix}last' in rows and rows[f'{prefix}last'].notna().any()]
-        cells = pd.DataFrame([_cells(row, ours) for _, row in rows.iterrows()])
+        cells = pd.DataFrame([_cells(row) for _, row in rows.iterrows()])
+        cells = cells.loc[:, (cells != '').any()]
         sources = '; '.join(filter(None, rows.source.unique())) or 'nothing'
         title = f"{dataset}: {pair.replace('-', ' → ')}, {top} in %, published: {sources}"
         notes = ''.join(f'\n\n{row.method}, {row.value:.2f}: {row.note}.'
