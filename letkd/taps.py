@@ -71,7 +71,7 @@ def resolve(
         near = difflib.get_close_matches(path, known, n=4, cutoff=0.4) or known
         raise KeyError(f'{type(model).__name__} has no module {path!r}; nearest: '
                        f'{_names(near)}') from None
-    if getattr(module, 'hidden', None) == ('input' if at_input else 'output'):
+    if ('input' if at_input else 'output') in getattr(module, '_folded', ()):
         raise ValueError(f'tap {tap!r}: batch normalisation is folded into the layer before it, '
                          'and this map is another now; name the tap when folding: '
                          f'inference_form(model, taps=[{tap!r}])')
@@ -465,8 +465,8 @@ def one_class(
     if labels.ndim == 1: return labels
     own = F.one_hot(labels.argmax(1), labels.shape[1]).bool()
     rest = labels[~own].view(len(labels), -1)
-    if labels[own].min() > .5 and (rest.amax(1) - rest.amin(1)).max() < 1e-3:
-        return labels.argmax(1)
+    even = (rest.amax(1) - rest.amin(1)).max() < 1e-3 and rest.max() - rest.min() < 1e-3
+    if labels[own].min() > .5 and even: return labels.argmax(1)
     raise ValueError('labels: found images that are mixed from several classes; expected one '
                      'class for each. Supervisions are fitted on images as they are: '
                      'pass a loader without mixup and CutMix')

@@ -20,7 +20,8 @@ from ..layer import folded
 def channels_last(model: nn.Module # any network; changed in place
                  ) -> nn.Module:   # the same
     """Store the kernels of convolutions with the channels last, except in networks that have
-    a narrow 1x1 of stride 2."""
+    a narrow 1x1 of stride 2, or kernels of three dimensions."""
+    if any(p.ndim == 5 for p in model.parameters()): return model
     narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)
                  and m.stride != (1, 1) and m.in_channels < 8
                  for m in model.modules())
@@ -41,16 +42,27 @@ _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 class _Tracer(fx.Tracer):
+    "Also notes the taps at which each tensor passes."
+    def __init__(self):
+        super().__init__()
+        self.taps = {}  # {node: set of taps}
+
     def is_leaf_module(self, m, path):
         return isinstance(m, _LINEAR + _NORMS) or super().is_leaf_module(m, path)
 
-def _graph(model: nn.Module) -> fx.Graph: # empty where `forward` cannot be followed
+    def call_module(self, m, forward, args, kwargs):
+        path, found = self.path_of_module(m), super().call_module(m, forward, args, kwargs)
+        for tap, value in ((f'{path}:input', next(iter(args), None)), (path, found)):
+            if isinstance(value, fx.Proxy): self.taps.setdefault(value.node, set()).add(tap)
+        return found
+
+def _graph(model: nn.Module) -> tuple: # (graph, taps); empty where `forward` cannot be followed
     defaults = {name: p.default for name, p in inspect.signature(model.forward).parameters.items()
                 if p.default is not p.empty}
-    try: return _Tracer().trace(copy.deepcopy(model), defaults)
+    try: return (tracer := _Tracer()).trace(copy.deepcopy(model), defaults), tracer.taps
     except Exception:
         # control flow that depends on values: whatever it raised, nothing is folded
-        return fx.Graph()
+        return fx.Graph(), {}
 
 # %% ../../nbs/models/folding.ipynb #08c04431
 def _alone(model: nn.Module, graph: fx.Graph) -> set: # of paths
@@ -76,8 +88,9 @@ def _vectors(node: fx.Node, modules: dict
     return node.target in ('flatten', torch.flatten) and node.args[1:] == (1,) and not node.kwargs
 
 # %% ../../nbs/models/folding.ipynb #3f0ec103
-def _pairs(model: nn.Module) -> list: # of (path of the convolution, path of its normalisation)
-    graph, modules, found = _graph(model), dict(model.named_modules()), []
+def _pairs(model: nn.Module
+          ) -> dict: # {(path of the convolution, path of its normalisation): taps between them}
+    (graph, taps), modules, found = _graph(model), dict(model.named_modules()), {}
     alone = _alone(model, graph)
     for node in graph.nodes:
         behind = next(iter(node.users)) if len(node.users) == 1 else node
@@ -87,7 +100,7 @@ def _pairs(model: nn.Module) -> list: # of (path of the convolution, path of its
         if type(conv) not in _LINEAR or type(norm) not in _NORMS or not norm.track_running_stats:
             continue
         if type(conv) is nn.Linear and not _vectors(node.args[0], modules): continue
-        found.append((node.target, behind.target))
+        found[node.target, behind.target] = taps[node]
     return found
 
 # %% ../../nbs/models/folding.ipynb #4ae5344b
@@ -101,14 +114,15 @@ def inference_form(model: nn.Module,         # any network, a teacher as a rule;
     if isinstance(model, torch.jit.ScriptModule):
         return model  # a program: its modules stay as they are
     model.requires_grad_(False)
-    for conv, norm in _pairs(model):
-        if taps & {conv, f'{norm}:input'}: continue
+    for (conv, norm), between in _pairs(model).items():
+        if taps & between: continue
         parent, _, name = norm.rpartition('.')
-        first = model.get_submodule(conv)
-        _fold(first, model.get_submodule(norm))
+        _fold(model.get_submodule(conv), model.get_submodule(norm))
         setattr(model.get_submodule(parent), name, nn.Identity())
-        # `letkd.taps.resolve` looks there
-        first.hidden, model.get_submodule(norm).hidden = 'output', 'input'
+        for tap in between:  # `letkd.taps.resolve` looks there
+            path, _, side = tap.partition(':')
+            module = model.get_submodule(path)
+            module._folded = {*getattr(module, '_folded', ()), side or 'output'}
     return channels_last(model)
 
 # %% ../../nbs/models/folding.ipynb #d17c90ab
