@@ -326,7 +326,7 @@ def fused_kd_layer(x: Tensor,                      # N x C pixels of the student
     if _for_the_plain_form(x, norm, alpha, target, templates):
         return kd_layer(x, templates, semantics, scale, value_scale, norm, alpha, target)
     with torch.autocast(x.device.type, enabled=False):
-        u, w = unit(x), unit(templates) * (scale * _BITS)
+        u, w = unit(x), unit(templates) * (precise(scale) * _BITS)
         teacher, safe = _teacher(target, u), []
         calm = x.device.type == 'cpu' and abs(scale.item()) < 32
         if alpha == 0: return x, _Loss.apply(u, w, teacher, calm) if teacher else None
@@ -337,4 +337,4 @@ def fused_kd_layer(x: Tensor,                      # N x C pixels of the student
             y, loss = _Matching.apply(u, w, gain, mean, bias, V, teacher, calm, lean, safe)
         else: y, loss = embed(u, gain[:, None] * w, bias - gain * mean, V), None
         safe.append(True)
-        return (x + (alpha * value_scale) * y).to(x.dtype), loss
+        return (x + (alpha * precise(value_scale)) * y).to(x.dtype), loss

@@ -13,6 +13,7 @@ from typing import Iterator
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 import torch.nn.functional as F
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -289,7 +290,8 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
                            'look at scores(x)')
     last = self._last(x)
     s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
-    return _like(F.relu(self.norm(s)), last, x)
+    kept = {k: b.clone() for k, b in self.norm.named_buffers()}  # a look leaves no trace
+    return _like(F.relu(functional_call(self.norm, kept, s)), last, x)
 
 # %% ../nbs/04_layer.ipynb #404f34cd
 #| code-fold: true
@@ -330,9 +332,9 @@ def fold(self: KDLayer
     if not self.alpha: return nn.Identity()
     inverse_std = (precise(self.norm.running_var) + self.norm.eps).rsqrt()
     gain = precise(self.norm.weight) * inverse_std
-    return FoldedKDLayer((self.scale * gain)[:, None] * unit(self.templates),
+    return FoldedKDLayer((precise(self.scale) * gain)[:, None] * unit(self.templates),
                          self.norm.bias - gain * self.norm.running_mean,
-                         self.alpha * self.value_scale * unit(self.semantics))
+                         self.alpha * precise(self.value_scale) * unit(self.semantics))
 
 # %% ../nbs/04_layer.ipynb #3723fe81
 #| code-fold: true

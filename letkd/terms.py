@@ -127,7 +127,10 @@ def targets(self: SupervisedLayer, maps: Maps, batch: Batch
     if own and size[0] * own[-1] != size[-1] * own[0]:
         raise ValueError(f'{self.name}: found images of {size}; expected the '
                          f'proportions of {own}, which the layer was made for')
-    t = rows(maps.teacher[self.teacher_tap], self.grid)
+    grid = self.grid
+    if own and size != own and len(own) == len(grid):  # other images have as many more places
+        grid = tuple(n * a // b for n, a, b in zip(grid, size, own))
+    t = rows(maps.teacher[self.teacher_tap], grid)
     labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
     return {self.student_tap: self.supervision.target(t, labels)}
 
@@ -154,14 +157,24 @@ def layer(self: Setup,
 #| code-fold: true
 def kernel_tap(model: nn.Module # the teacher
               ) -> str:         # a module path
-    "The first 3x3 convolution of the last block that has one."
+    "The first 3x3 convolution of the last block, or list of layers, that has one."
+    if model is None: raise ValueError('teacher: found none; the kernels are a teacher\'s')
     found = [path for path, m in model.named_modules()
              if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     if not found:
         raise ValueError('kernels: found no 3x3 convolution in '
                          f'{type(model).__name__}; use K-means')
     block = found[-1].rpartition('.')[0]
-    return next(path for path in found if path.rpartition('.')[0] == block)
+    first = next(path for path in found if path.rpartition('.')[0] == block)
+    parent = model.get_submodule(block)
+    if type(parent).forward is not nn.Sequential.forward: return first
+    # a list of layers may go through several stages; its last one counts
+    layers = [(f'{block}.{name}'.lstrip('.'), m) for name, m in parent.named_children()]
+    names = [path for path, _ in layers]
+    for path, m in reversed(layers[:names.index(found[-1]) + 1]):
+        if path in found: first = path
+        if any(getattr(p, 'stride', 1) not in (1, (1, 1)) for p in m.modules()): break
+    return first
 
 # %% ../nbs/07_terms.ipynb #81df4d8c
 #| code-fold: true
