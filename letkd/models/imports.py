@@ -66,16 +66,27 @@ def _places(name: str, folder: Path) -> list: # of files below the folder
     return [file for at in places for file in (at/'__init__.py', at.with_name(f'{at.name}.py'))
             if file.is_file()]
 
+def _at(place) -> Path: # a link keeps its own name
+    place = Path(place).absolute()
+    return place.parent.resolve()/place.name
+
 def _is_here(name: str, folder: Path) -> bool:
-    "Whether Python finds the module below the folder, and not an installed one of this name."
+    """Whether Python finds the module below the folder, and not an installed one of this name; an
+    error if it finds one of your own in another folder."""
     try: spec = importlib.util.find_spec(name.split('.')[0])
     except (ImportError, ValueError): return False
     if spec is None: return False
-    places = [*[spec.origin] * spec.has_location, *(spec.submodule_search_locations or ())]
-    return any(Path(place).resolve().is_relative_to(folder) for place in places)
+    places = [_at(p) for p in [*[spec.origin] * spec.has_location,
+                               *(spec.submodule_search_locations or ())]]
+    if any(place.is_relative_to(folder) for place in places): return True
+    if own := [p for p in places if str(p.parent) in {*_ADDED, str(Path.cwd().resolve())}]:
+        raise ImportError(f'found {own[0]} for the name {spec.name}, which {folder} has a file '
+                          'for as well; expected names that differ')
+    return False
 
 # %% ../../nbs/models/imports.ipynb #a21f0729
 _SEEN = {} # {file: SHA-256 of what was in it} of every import so far
+_ADDED = set() # to sys.path
 
 def _file(module: ModuleType) -> Path: # where there is none: nowhere
     return Path(getattr(module, '__file__', None) or os.devnull).resolve()
@@ -115,7 +126,7 @@ def _other(name: str, path: Path): # a file
     "Where another module of this name is; None where the name is free."
     found = sys.modules.get(name) or importlib.util.find_spec(name)
     file = getattr(found, '__file__', None) or getattr(found, 'origin', None)
-    if found is None or file and Path(file).resolve() == path: return None
+    if found is None or file and _at(file) == path: return None
     if getattr(found, 'submodule_search_locations', None) and not file: return None
     return file or 'a part of Python'
 
@@ -132,15 +143,13 @@ def _execute(given: str, path: Path, name: str, data: bytes) -> ModuleType:
     return module
 
 # %% ../../nbs/models/imports.ipynb #e9245c08
-_ADDED = set() # to sys.path
-
 def _look_in(folder: Path):
     if str(folder) in sys.path: return
     sys.path.append(str(folder))
     _ADDED.add(str(folder))
 
 def _load_file(given: str) -> Imported:
-    path = Path(given).resolve()
+    path = _at(given)
     if not path.is_file(): raise FileNotFoundError(f'--import {given}: found no such file')
     name, data = path.stem, path.read_bytes()
     known = IMPORTED.get(name)
@@ -153,12 +162,13 @@ def _load_file(given: str) -> Imported:
     if known and known.files[path.name] == _sha(data): return known
     places = [*sys.path]
     _look_in(path.parent)
-    try: module = _execute(given, path, name, data)
+    try:
+        module = _execute(given, path, name, data)
+        _SEEN[path.resolve()] = _sha(data)
+        return Imported(given, module, path.parent, _files(name, path, path.parent))
     except ImportError:
         sys.path[:] = places
         raise
-    _SEEN[path] = _sha(data)
-    return Imported(given, module, path.parent, _files(name, path, path.parent))
 
 # %% ../../nbs/models/imports.ipynb #e241d742
 def _load_module(name: str) -> Imported:
