@@ -9,6 +9,7 @@ __all__ = ['PAIR', 'METHODS', 'LONG', 'run_command', 'table_command', 'sweep_com
 
 # %% ../nbs/cli.ipynb #d5be1984
 import argparse, json, os, shlex, sys, time, traceback, warnings
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -52,6 +53,8 @@ def run_command(name: str,                    # data set/teacher-student/method,
                 checkpoint_every: str = '5m', # within an epoch: '200' steps, '90s', '5m', '2h'
                 log: Optional[str] = None,    # 'tensorboard': curves in a browser
                 recipe: str = 'letkd',        # or 'original'
+                # for another process with the same run, instead of an error
+                wait: bool = False,
                ):
     "Run one experiment and print its accuracy and where its record is."
     from letkd.runs.experiments import Experiment
@@ -63,7 +66,7 @@ def run_command(name: str,                    # data set/teacher-student/method,
     e = Experiment.named(name, recipe, seed=seed, **_settings(settings))
     path = Path(out)/e.folder/'record.json'
     before = path.exists()
-    record = run(e, out, device, quiet, checkpoint_every, log)
+    record = run(e, out, device, quiet, checkpoint_every, log, wait)
     print(f'{e.name} seed {e.seed}{", done before" if before else ""}: '
           f'top-1 {record["top1_last"]:.2f} % at the last epoch, '
           f'{record["top1_best"]:.2f} % at the best ({record["epoch_best"]}), '
@@ -154,10 +157,10 @@ def _plan(experiments: list
         plan.setdefault(e.folder, (e, teacher and teacher.folder))
     return plan
 
-def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str]
+def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str], wait: bool
           ) -> list: # behind `letkd`
     import torch
-    more = dict(device=device, quiet=quiet, log=log,
+    more = dict(device=device, quiet=quiet, log=log, wait=wait,
                 deterministic=torch.are_deterministic_algorithms_enabled())
     flags = [word for name, value in more.items() if value
              for word in [f'--{name}', value][:1 if value is True else 2]]
@@ -173,13 +176,16 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     from letkd.runs.running import run
     make_folder(Path(out))  # a place that cannot be written to fails once, not once a run
     plan, own = _plan(experiments), {e.folder for e in experiments}
+    teachers = {teacher for _, teacher in plan.values()}
     common, records, failed = (device, quiet, checkpoint_every, log), {}, {}
     if jobs > 1: failed = _side_by_side(plan, jobs, out, *common)
     for i, (folder, (e, teacher)) in enumerate(plan.items()):
         if teacher in failed: failed.setdefault(folder)
         if folder in failed or jobs > 1 and folder not in own: continue
         if jobs == 1 and not quiet: print(f'{i + 1}/{len(plan)}: {folder}', flush=True)
-        try: records[folder] = (call if folder in own else run)(e, out, *common)
+        # another process may be training the same teacher
+        do = partial(run, wait=True) if folder in teachers else call
+        try: records[folder] = do(e, out, *common)
         except _ERRORS as error: failed[folder] = _text(error)
     asked = dict.fromkeys(e.folder for e in experiments)
     done = [records[folder] for folder in asked if folder in records]
@@ -192,7 +198,9 @@ def _side_by_side(plan: dict, jobs: int, out, *common
         raise ValueError(f'--jobs: found {jobs} under torchrun, whose processes share each run; '
                          'expected 1')
     missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
-    todo = {folder: (_words(e, out, *common), teacher if teacher in missing else None)
+    teachers = {teacher for _, teacher in plan.values()}
+    todo = {folder: (_words(e, out, *common, folder in teachers),
+                     teacher if teacher in missing else None)
             for folder, (e, teacher) in plan.items() if folder in missing}
     return Jobs(todo, jobs, _WORK, quiet=common[1]).run()
 
@@ -495,6 +503,8 @@ def _run_arguments(commands):
     _set(run)
     run.add_argument('--names', action='store_const', const=_names_command, dest='call',
                      default=run_command, help='list data sets, networks, methods and settings')
+    run.add_argument('--wait', action='store_true',
+                     help='for another process with the same run, instead of an error')
     _common(run, 'runs')
 
 # %% ../nbs/cli.ipynb #9f50e7ab

@@ -438,6 +438,28 @@ def test_students_of_a_teacher_that_failed_are_not_started(jobs, tmp_path, capsy
     assert path.relative_to(tmp_path).parts[1:3] == ('resnet8x0.5', 'ce')
 
 
+def test_a_sweep_waits_for_the_process_that_trains_its_teacher(tmp_path, monkeypatch):
+    import letkd.cli as cli
+    from filelock import FileLock
+    from letkd.runs.experiments import Experiment
+    teacher = Experiment.named('digit_pairs/resnet8', epochs=1, train_size=640, eval_split='train')
+    place, said = tmp_path/teacher.folder, tmp_path/'said'
+    place.mkdir(parents=True)
+    words = partial(miniature, 'ablation/probe', pair='resnet8-resnet8x0.5')
+    with FileLock(place/'.run.lock'), said.open('w') as err:
+        process = subprocess.Popen([*LETKD, *words(tmp_path, '--quiet')], stderr=err,
+                                   env=dict(os.environ, OMP_NUM_THREADS='1'))
+        assert wait_for(lambda: f'at work in {place}' in said.read_text(), process, every=.05)
+    assert process.wait(120) == 0 and len(kept(tmp_path, 'record.json')) == 3, said.read_text()
+    class Asked(cli.Jobs):
+        def run(self):
+            waits = {job for job, (words, _) in self.waiting.items() if '--wait' in words}
+            assert waits == {teacher.folder} and len(self.waiting) == 3
+            return dict.fromkeys(self.waiting, 'asked')
+    monkeypatch.setattr(cli, 'Jobs', Asked)
+    assert cli.main(words(tmp_path/'jobs', '--jobs', '2')) == 2
+
+
 def hashes(out):
     return {p.relative_to(out): json.loads(p.read_text())['student_hash']
             for p in kept(out, 'record.json')}

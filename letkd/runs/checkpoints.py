@@ -158,6 +158,8 @@ class Signals:
             self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         for signum, handler in self.before.items(): signal.signal(signum, handler)
         if self.seen and kind is None: raise Stopped(self.seen)
+        # whoever asked for the end gets it, even where something else failed
+        if self.seen and isinstance(error, Exception): raise Stopped(self.seen, f': {error}')

@@ -100,21 +100,22 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
 # %% ../../nbs/runs/jobs.ipynb #08afe9da
 class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
-        self.told, self.place, self.job, self.last = told, place, None, None
+        self.told, self.place, self.job, self.last, self.why = told, place, None, None, None
         command = [sys.executable, '-c', code, *(['watched'] if watched else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, encoding='utf-8', start_new_session=True)
         threading.Thread(target=self._collect, daemon=True).start()
 
     def _collect(self):
-        with self.process:  # closes both pipes
+        # closes both pipes; what was written to a dead worker cannot be delivered
+        with contextlib.suppress(BrokenPipeError), self.process:
             for line in self.process.stdout: self.told.put((self, json.loads(line)))
         self.told.put((self, dict(gone=self.process.returncode)))
 
     def ask(self, job: str, words: list):
         self.job, self.last = job, None
         try: print(json.dumps(words), file=self.process.stdin, flush=True)
-        except BrokenPipeError: pass  # it is gone; `_collect` reports that
+        except (BrokenPipeError, ValueError): pass  # it is gone; `_collect` reports that
 
 # %% ../../nbs/runs/jobs.ipynb #6e2b5176
 def _short(text: str, width: int) -> str: # of a bar of `letkd.runs.meters.Progress`
@@ -183,11 +184,14 @@ def hear(self: Jobs):
         if worker.last: self.board.say(worker.last)
         worker.last = what['line']
     if 'code' in what:
-        self.note(worker, what['code'], worker.last or f'it ended with code {what["code"]}')
+        why = worker.last or f'it ended with code {what["code"]}'
+        if what['code'] > 128: worker.why = why  # its process ends too, so it gets no other job
+        else: self.note(worker, what['code'], why)
     if 'gone' in what:
         if worker.job:
             killed = ', killed' if what['gone'] == -9 else ''
-            self.note(worker, 1, f'its process ended with code {what["gone"]}{killed}')
+            ended = f'its process ended with code {what["gone"]}{killed}'
+            self.note(worker, 1, worker.why or ended)
         del self.workers[worker.place]
 
 @patch
