@@ -296,7 +296,7 @@ def tensors_hash(named # (name, tensor or array) pairs; their order counts
         if torch.is_tensor(value):
             value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         found.update(name.encode())
-        found.update(value)
+        found.update(np.ascontiguousarray(value))
     return found.hexdigest()
 
 # %% ../../nbs/data/files.ipynb #f64f8c57

@@ -338,7 +338,7 @@ def _said(path) -> tuple:
     def table(key, fits):
         found = about.get(key)
         return {k: v for k, v in found.items() if fits(v)} if isinstance(found, dict) else {}
-    return (table('alpha', lambda v: type(v) is float and 0 < abs(v) < 1e30),
+    return (table('alpha', lambda v: type(v) in (int, float) and abs(v) < 1e30),
             table('layout', lambda v: isinstance(v, str) and len(v) < 40))
 
 _NORM = {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
@@ -370,15 +370,17 @@ def _insert_layers(model, state, said, source):
             tap, path = f'{tap}@{layouts[at]}', f'{at}.layer'
             entries = {k.removeprefix('layer.'): v for k, v in entries.items()}
         *sizes, embeds = _sizes(at, entries, source)
-        layers[tap] = *sizes, alphas.get(path) if embeds else 0
-    if silent := [(tap, *sizes) for tap, (*sizes, alpha) in layers.items() if alpha is None]:
+        layers[tap] = *sizes, embeds, alphas.get(path) if embeds else 0
+    if silent := [(tap, *sizes) for tap, (*sizes, _, alpha) in layers.items() if alpha is None]:
         lines = [f'insert(model, {tap!r}, KDLayer({channels}, {templates}, alpha=...))'
                  for tap, channels, templates in silent]
         raise ValueError('\n  '.join([f'{source}: found KD layers whose alpha the file does not '
                                       'say. Who knows it can put them there:', *lines[:4],
                                       f'load_weights(model, read_checkpoint({str(source)!r}))']))
-    for tap, sizes in layers.items():
-        try: insert(model, tap, KDLayer(*sizes))
+    for tap, (*sizes, embeds, alpha) in layers.items():
+        layer = KDLayer(*sizes, float(embeds))
+        layer.alpha = float(alpha)  # may be 0 where there is an embedding
+        try: insert(model, tap, layer)
         except ValueError as error: raise ValueError(f'{source}: {error}') from None
 
 # %% ../../nbs/models/zoo.ipynb #d10b5007

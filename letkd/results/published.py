@@ -275,7 +275,10 @@ def _experiments(name, dataset, pair, settings: dict, recipe: str = 'letkd'
     own = [{o.split('=')[0] for o in options.split(', ')} for *_, options in rows]
     if fixed := set(settings).intersection(*own):
         raise ValueError(f'{min(fixed)}: every row of {name} has its own; expected another setting')
-    if about: settings = about.settings | settings
+    if about:  # a teacher from a file has no settings of its own
+        given = settings.get('teacher_checkpoint') not in (None, 'None')
+        settings = {k: v for k, v in about.settings.items()
+                    if not (given and k.startswith('teacher'))} | settings
     return [(their, method, options.strip(),
              _experiment(f'{where}/{pair or their}/{method}', method, options, settings, recipe))
             for their, method, options in rows]

@@ -216,7 +216,8 @@ def _edited(a: dict, b: dict) -> list: # names of the user's files that differ i
 
 # {name: (the hash of it, the settings that decide it)}
 _MADE_OF = dict(teachers=('teacher_hash', [k for k in _DEFAULT if k.startswith('teacher')]),
-                images=('data_hash', ['dataset', *_DATA]))
+                images=('data_hash', ['dataset', *_DATA]),
+                normalisations=('normalisation', ['dataset', *_DATA]))
 
 def _unlike(a: dict, b: dict) -> list: # of names, where two records should have the same hash
     said = lambda record, keys: [record.get('settings', {}).get(key) for key in keys]

@@ -222,6 +222,10 @@ def named(cls: Experiment,
         return cls(dataset, student, teacher, **values).of_teacher()
     if method in ('student', 'ce'): teacher, method = '', 'ce'
     values = _settings(dataset, student, teacher, method, settings, recipe)
+    idle = {'teacher_seed', 'teacher_epochs', 'teacher_recipe'} & {*settings}
+    if idle and (file := values['teacher_checkpoint']):
+        raise ValueError(f'{min(idle)}: found {settings[min(idle)]!r:.80} and a teacher from a '
+                         f'file, {file}, which is not trained; expected one of the two')
     return cls(dataset, student, teacher or None, method, **values)
 
 def _parts(name: str) -> list:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 # %% ../../nbs/runs/records.ipynb #72656304
 import letkd
+from ..data.batches import normalisation
 from ..data.files import atomic, digest, read_json, read_tensors, tensors_hash
 from ..layer import KDLayer
 from .checkpoints import locked
@@ -37,7 +38,7 @@ def save_module(module: nn.Module, # any
                ):
     "Write parameters and buffers as safetensors, atomically."
     about = dict(about, sha256=weights_hash(module))
-    if alpha := {at: m.alpha for at, m in module.named_modules() if isinstance(m, KDLayer)}:
+    if alpha := {at: float(m.alpha) for at, m in module.named_modules() if isinstance(m, KDLayer)}:
         about['alpha'] = alpha  # `create_model` needs `alpha` and `layout`
     if layout := {at: str(m.layout) for at, m in module.named_modules() if isinstance(m, Placed)}:
         about['layout'] = layout
@@ -140,8 +141,8 @@ def seen(images # an `Images`, or `Photos`
     size = getattr(images, 'resolution', None)
     size = [size, size] if size else list(images.images.shape[-2:])
     # the pixels of a photo's shorter side before the centre was taken
-    return dict(size=size, resize=getattr(images, 'resize', min(size)), mean=list(images.mean),
-                std=list(images.std), classes=list(map(str, images.classes)))
+    return dict(size=size, resize=getattr(images, 'resize', min(size)), **normalisation(images),
+                classes=list(map(str, images.classes)))
 
 # %% ../../nbs/runs/records.ipynb #6221dfd8
 _FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_split=str,
@@ -189,7 +190,7 @@ def _impossible(record: dict): # yields (key, what was found, what was expected)
 
 # %% ../../nbs/runs/records.ipynb #21a00005
 _CONDITIONS = ('device', 'instructions', 'threads', 'processes', 'deterministic', 'system',
-               'commit', 'data_hash', 'teacher_hash')
+               'commit', 'data_hash', 'normalisation', 'teacher_hash')
 
 def _flat(record: dict) -> dict:
     return ({k: record.get(k) for k in _CONDITIONS} | record.get('versions', {})

@@ -17,7 +17,7 @@ from torch import nn
 
 # %% ../../nbs/runs/running.ipynb #72756e04
 import letkd
-from ..data.batches import data_hash
+from ..data.batches import Images, data_hash, normalisation
 from ..data.files import read_json
 from ..distiller import Distiller, Setup
 from ..matching import perplexity
@@ -61,6 +61,7 @@ def prepare(e: Experiment,                # what to run
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
+    _check_padding(e, images)
     if addends(e.method): _check_rows(e, images)
     settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
     batch_size = _batch_size(e, len(images), quiet)
@@ -106,11 +107,19 @@ def _check_last(e: Experiment, count: int): # training images
                          f'{processes()} processes; expected one that they share equally')
 
 # %% ../../nbs/runs/running.ipynb #d0a70008
-def _check_classes(e: Experiment, known, unseen): # images to train on and to evaluate on
+def _check_splits(e: Experiment, known, unseen): # images to train on and to evaluate on
     if known.classes != unseen.classes:
         raise ValueError(f'{e.dataset}: found {len(known.classes)} classes to train on, '
                          f'{known.classes[:4]}, and {len(unseen.classes)} in '
                          f'{e.eval_split}, {unseen.classes[:4]}; expected the same')
+    if (one := normalisation(known)) != (other := normalisation(unseen)):
+        raise ValueError(f'{e.dataset}: found images to train on that are normalised by {one}, '
+                         f'and {e.eval_split} by {other}; expected the same')
+
+def _check_padding(e: Experiment, images): # to train on
+    if e.padding != 'reflect' and not isinstance(images, Images):
+        raise ValueError(f'padding: found {e.padding!r}; so many photos stay in their files, and '
+                         "random pieces of them are taken without padding: expected 'reflect'")
 
 def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than
@@ -144,7 +153,7 @@ def run(e: Experiment,                # what to run
     with torch.random.fork_rng():
         with _recommending(e):
             training, plain, made = prepare(e, out, device, quiet, checkpoint_every, log)
-        _check_classes(e, plain.images, images := e.load(e.eval_split))
+        _check_splits(e, plain.images, images := e.load(e.eval_split))
         unseen = DATASETS[e.dataset].batches(images.to(training.device), 500,
                                              share=(rank(), processes()))
         with locked(folder, wait, '.run.lock'):
@@ -217,8 +226,7 @@ def _as_now(e: Experiment, record: dict, folder: Path) -> dict: # the record
     entry = DATASETS[e.dataset]
     ours = (getattr(entry.load, '__module__', None) or '').startswith('letkd.')
     if not (ours or entry.identity):  # the user's, of which the folder has only the name
-        made = data_hash(e.load('train'), e.load(e.eval_split))
-        _check_made(folder, record, dict(data_hash=made))
+        _check_made(folder, record, _made_of(e.load('train'), e.load(e.eval_split)))
     return record
 
 # %% ../../nbs/runs/running.ipynb #538ee18c
@@ -314,7 +322,7 @@ def _top1_of(e: Experiment, teacher: nn.Module, images, out) -> float: # percent
 def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
             ) -> tuple: # (network or None, what the record says of the images and of it)
     unseen, classes = e.load(e.eval_split), len(images.classes)
-    made = dict(data_hash=data_hash(images, unseen))
+    made = _made_of(images, unseen)
     if not addends(e.method): return None, made
     if e.teacher_checkpoint is None:
         record = run(e.of_teacher(), out, str(device), quiet, checkpoint_every, log, wait=True)
@@ -338,11 +346,18 @@ def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
                          teacher_top1=_top1_of(e, teacher, unseen.to(device), out))
 
 # %% ../../nbs/runs/running.ipynb #467b8588
+def _made_of(known, unseen) -> dict: # images to train on and to evaluate on
+    return dict(data_hash=data_hash(known, unseen), normalisation=normalisation(known))
+
+_OTHER = dict(data_hash='other images', normalisation='images that were normalised otherwise',
+              teacher_hash='another teacher')
+
 def _check_made(folder: Path, record: dict, made: dict): # of a finished run; what is there now
-    for key, what in dict(data_hash='other images', teacher_hash='another teacher').items():
+    short = lambda value: f'{value:.16}...' if isinstance(value, str) else value
+    for key, what in _OTHER.items():
         if key in made and (then := record.get(key, made.get(key))) != made.get(key):
             raise ValueError(f'{folder}: found a run that was made from {what} ({key} '
-                             f'{then:.16}...); expected {made[key]:.16}..., of what is there now. '
+                             f'{short(then)}); expected {short(made[key])}, of what is there now. '
                              'Delete it, and it is made again, or choose another folder of runs')
 
 def _trained(e: Experiment, classes: int, folder: Path, record: dict) -> nn.Module: # its teacher
@@ -367,7 +382,7 @@ def _cache(e: Experiment, out, made: dict) -> Callable:
         data = {key: getattr(e, key) for key in ('dataset', *_DATA) if key != 'data'} | _identity(e)
         key = dict(kind=type(supervision).__name__, settings=_plain(supervision), data=data,
                    tap=rows.tap, grid=rows.grid, version=letkd.__version__,
-                   teacher_hash=made['teacher_hash'], data_hash=made['data_hash'])
+                   **{name: made[name] for name in _OTHER})
         if ':' in e.teacher:  # one of the user's, whose file may compute otherwise since
             file = IMPORTED.get(e.teacher.partition(':')[0])
             key |= dict(network=file.files if file else versions())

@@ -8,6 +8,7 @@ __all__ = ['SCHEDULES', 'OPTIMISERS', 'Training', 'WholeEpochs', 'conditions', '
 # %% ../../nbs/runs/training.ipynb #137505e1
 import copy, inspect, json, math, platform, sys, time
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
 
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 
 from .checkpoints import Checkpoints, Every, Signals, Stopped, locked, through_a_file
 from .checkpoints import write_text
-from ..data.batches import Images, data_hash
+from ..data.batches import Images, Resumable, data_hash, normalisation
 from ..data.files import tensors_hash
 from ..data.imagenet import Photos
 from ..distiller import Distiller
@@ -78,6 +79,9 @@ class Training:
                                    ('optimiser', optimiser, OPTIMISERS)):
             if found not in known:
                 raise ValueError(f'{name}: found {found!r}; expected one of {", ".join(known)}')
+        # plain numbers, which a checkpoint can hold; they may come from NumPy
+        epochs, milestones = int(epochs), tuple(map(float, milestones))
+        lr, momentum, weight_decay = map(float, (lr, momentum, weight_decay))
         self.distiller, self.batches = distiller, _stateful(batches)
         self.epochs, self.steps = epochs, _length(batches)
         parameters = [p for p in distiller.parameters() if p.requires_grad]
@@ -91,9 +95,7 @@ class Training:
             terms=[f'{t.name} ({type(t).__name__}, weight {t.weight:g})' for t in distiller.terms],
             epochs=epochs, steps=self.steps, lr=lr, schedule=schedule, milestones=list(milestones),
             optimiser=optimiser, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
-            amp=amp,
-            batch_size=getattr(batches, 'batch_size', None), **_data(batches),
-            **_details(distiller))
+            amp=amp, **_data(batches), **_details(distiller))
         amp = amp and self.device.type == 'cuda'
         self.autocast = torch.autocast('cuda', torch.bfloat16) if amp else nullcontext()
         self.model, self.meter = _spread(distiller, self.device), Meter(self.steps, self.device)
@@ -105,10 +107,15 @@ def _plain(module: nn.Module) -> dict: # its attributes that are numbers, texts 
     return {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))
             and not k.startswith('_') and k != 'training'}
 
-def _data(batches) -> dict: # a hash of their images and their seed, where they have these
-    images, seed = getattr(batches, 'images', None), getattr(batches, 'seed', None)
-    return dict(images=data_hash(images) if isinstance(images, (Images, Photos)) else None,
-                seed=seed if isinstance(seed, int) else None)
+def _data(batches) -> dict: # what decides them, as far as they tell
+    told = {key: getattr(batches, key, None) for key in ('batch_size', 'seed')}
+    told = {key: int(v) if isinstance(v, Integral) else None for key, v in told.items()}
+    images = getattr(batches, 'images', None)
+    known = isinstance(images, (Images, Photos))
+    told |= dict(images=data_hash(images)) | normalisation(images) if known else dict(images=None)
+    own = isinstance(batches, Resumable)
+    return told | (dict(augment=repr(batches.augment), shuffle=batches.shuffle,
+                        drop_last=batches.drop_last) if own else {})
 
 # %% ../../nbs/runs/training.ipynb #78873f2e
 def _has_state(module: nn.Module) -> bool: # beside parameters and buffers
@@ -342,6 +349,8 @@ def _agree(distiller: Distiller):
 def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evaluate on
              ) -> dict: # the epoch's line of the history
     "Evaluate, add the epoch's line to the history, and start a new meter."
+    self.meter.look()
+    for _ in range(self.steps - self.meter.step): self.schedule.step()  # of a loader that gave fewer
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
                seconds=round(self.seconds, 3))
     _agree(self.distiller)
