@@ -191,6 +191,7 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     done = [records[folder] for folder in asked if folder in records]
     return done, reasons(failed, len(plan))
 
+# %% ../nbs/cli.ipynb #7384a84c
 def _side_by_side(plan: dict, jobs: int, out, *common
                  ) -> dict: # {folder: why} of the runs that failed
     from letkd.runs.processes import processes

@@ -290,7 +290,8 @@ def assign(self: KDLayer, x: Tensor) -> Tensor: # A like `scores`
                            'look at scores(x)')
     last = self._last(x)
     s = matching_scores(last.reshape(-1, self.channels), self.templates, self.scale)
-    kept = {k: b.clone() for k, b in self.norm.named_buffers()}  # a look leaves no trace
+    # statistics that the look does not move
+    kept = {k: b.clone() for k, b in self.norm.named_buffers()}
     return _like(F.relu(functional_call(self.norm, kept, s)), last, x)
 
 # %% ../nbs/04_layer.ipynb #404f34cd

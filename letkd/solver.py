@@ -195,7 +195,7 @@ def match_quadratic(
     total = _in_range(weight.cumsum(-1))
     def price(at): # of what margins are left there: a candidate for each prefix
         found = ((weight * (ranked - at)).cumsum(-1) - 1) / total
-        best = found.argmax(-1, keepdim=True)  # of equal ones the first, whose gradient is right
+        best = found.argmax(-1, keepdim=True)  # of equal ones the first
         return torch.where(binds, found.gather(-1, best), 0.)
     with torch.no_grad(): at = (first := price(0.)) + price(first)
     lam = price(at)  # what is left of it, and the gradient

@@ -128,7 +128,7 @@ def targets(self: SupervisedLayer, maps: Maps, batch: Batch
         raise ValueError(f'{self.name}: found images of {size}; expected the '
                          f'proportions of {own}, which the layer was made for')
     grid = self.grid
-    if own and size != own and len(own) == len(grid):  # other images have as many more places
+    if own and size != own and len(own) == len(grid):  # places in proportion
         grid = tuple(n * a // b for n, a, b in zip(grid, size, own))
     t = rows(maps.teacher[self.teacher_tap], grid)
     labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
@@ -158,7 +158,7 @@ def layer(self: Setup,
 def kernel_tap(model: nn.Module # the teacher
               ) -> str:         # a module path
     "The first 3x3 convolution of the last block, or list of layers, that has one."
-    if model is None: raise ValueError('teacher: found none; the kernels are a teacher\'s')
+    if model is None: raise ValueError('teacher: found none; kernels are a teacher\'s')
     found = [path for path, m in model.named_modules()
              if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     if not found:

@@ -551,7 +551,7 @@ def evil(path, kind) -> bytes:
     return file.getvalue()
 
 
-MINI = dict(epochs=1, teacher_epochs=1, train_size=200, batch_size=100, eval_split='valid')
+MINI = dict(epochs=1, train_size=200, batch_size=100, eval_split='valid')
 
 
 @pytest.mark.parametrize('kind', ['zip', 'old', 'plain'])
@@ -673,7 +673,8 @@ def command(index, folder) -> str:
 @pytest.fixture
 def nothing_runs(monkeypatch, tmp_path):
     "What would train only looks at where it would write."
-    def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m', log=None):
+    def run(e, out='runs', device=None, quiet=False, checkpoint_every='5m', log=None,
+            wait=False):
         folder, out = Path(os.path.normpath(Path(out)/e.folder)), Path(os.path.normpath(out))
         assert folder.is_relative_to(out) and folder != out, e.folder
         assert '\0' not in e.folder and len(e.folder) < 250, e.folder

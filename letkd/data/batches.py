@@ -30,9 +30,8 @@ class Images:
     def __post_init__(self):
         if not len(self.classes) and torch.is_tensor(self.labels) and self.labels.numel():
             object.__setattr__(self, 'classes', tuple(map(str, range(int(self.labels.max()) + 1))))
-        object.__setattr__(self, 'classes', tuple(self.classes))
-        for name in ('mean', 'std'):  # which may be tensors or arrays
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        for name, kind in dict(classes=lambda c: c, mean=float, std=float).items():  # plain ones
+            object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
         _check_images(self)
 
     def __len__(self): return len(self.images)

@@ -239,9 +239,7 @@ def _decode(photos: Photos, given: bool, path: Path):
 
 def _cached(photos: Photos, given: bool, root) -> tuple: # (pixels, mean, std)
     "The pixels and their statistics, from the file, which is made if it is not there."
-    # without a resolution, photos of other sizes are an error
-    own = '' if given else '-one-size'
-    path = data_root(root)/'folders'/f'{_key(photos)}{own}.safetensors'
+    path = data_root(root)/'folders'/f'{_key(photos)}{"" if given else "-one-size"}.safetensors'
     make_folder(path.parent)
     with FileLock(path.with_suffix('.lock')):
         if not path.exists(): _decode(photos, given, path)

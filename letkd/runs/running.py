@@ -61,11 +61,10 @@ def prepare(e: Experiment,                # what to run
     device = _device(device)
     images, entry = e.load('train').to(device), DATASETS[e.dataset]
     _check_last(e, len(images))
-    _check_padding(e, images)
     if addends(e.method): _check_rows(e, images)
     settings = dict(shuffle=True, drop_last=e.drop_last, seed=e.seed, share=(rank(), processes()))
     batch_size = _batch_size(e, len(images), quiet)
-    batches = entry.batches(images, batch_size, _augment(e), **settings)
+    batches = entry.batches(images, batch_size, _augment(e, images), **settings)
     plain = entry.batches(images, 500)
     if e.teacher_checkpoint is None: _rehearse(e, plain, device)
     teacher, made = _teacher(e, images, out, device, quiet, checkpoint_every, log)
@@ -81,10 +80,12 @@ def prepare(e: Experiment,                # what to run
     return training, plain, made
 
 # %% ../../nbs/runs/running.ipynb #b23a1ff6
-def _augment(e: Experiment): # for `DataSet.batches`
+def _augment(e: Experiment, images): # for `DataSet.batches`
     augment = DATASETS[e.dataset].augment if e.augment else None
-    if augment and e.padding != 'reflect': return replace(augment, mode=e.padding)
-    return augment
+    if e.padding == 'reflect' or not augment: return augment
+    if isinstance(images, Images): return replace(augment, mode=e.padding)
+    raise ValueError(f'padding: found {e.padding!r}; so many photos stay in their files, and '
+                     "random pieces of them are taken without padding: expected 'reflect'")
 
 def _batch_size(e: Experiment, count: int, quiet: bool) -> int: # of training images
     """The batch size; a set that is smaller becomes one batch, so that its teacher, which has
@@ -115,11 +116,6 @@ def _check_splits(e: Experiment, known, unseen): # images to train on and to eva
     if (one := normalisation(known)) != (other := normalisation(unseen)):
         raise ValueError(f'{e.dataset}: found images to train on that are normalised by {one}, '
                          f'and {e.eval_split} by {other}; expected the same')
-
-def _check_padding(e: Experiment, images): # to train on
-    if e.padding != 'reflect' and not isinstance(images, Images):
-        raise ValueError(f'padding: found {e.padding!r}; so many photos stay in their files, and '
-                         "random pieces of them are taken without padding: expected 'reflect'")
 
 def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than

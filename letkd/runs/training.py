@@ -350,7 +350,8 @@ def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evalu
              ) -> dict: # the epoch's line of the history
     "Evaluate, add the epoch's line to the history, and start a new meter."
     self.meter.look()
-    for _ in range(self.steps - self.meter.step): self.schedule.step()  # of a loader that gave fewer
+    # a loader may have given fewer batches than its length
+    for _ in range(self.steps - self.meter.step): self.schedule.step()
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
                seconds=round(self.seconds, 3))
     _agree(self.distiller)
