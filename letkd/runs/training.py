@@ -79,6 +79,8 @@ class Training:
                                    ('optimiser', optimiser, OPTIMISERS)):
             if found not in known:
                 raise ValueError(f'{name}: found {found!r}; expected one of {", ".join(known)}')
+        if int(epochs) != epochs:
+            raise ValueError(f'epochs: found {epochs}; expected a whole number')
         # plain numbers, which a checkpoint can hold; they may come from NumPy
         epochs, milestones = int(epochs), tuple(map(float, milestones))
         lr, momentum, weight_decay = map(float, (lr, momentum, weight_decay))
@@ -349,8 +351,8 @@ def _agree(distiller: Distiller):
 def end_epoch(self: Training, test: Optional[Iterable] = None # batches to evaluate on
              ) -> dict: # the epoch's line of the history
     "Evaluate, add the epoch's line to the history, and start a new meter."
-    self.meter.look()
     # a loader may have given fewer batches than its length
+    if self.meter.seen < self.meter.step: self.meter.look()
     for _ in range(self.steps - self.meter.step): self.schedule.step()
     row = dict(epoch=self.epoch + 1, **self.meter.means(), lr=self.lr,
                seconds=round(self.seconds, 3))
