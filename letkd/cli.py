@@ -178,7 +178,7 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     plan, own = _plan(experiments), {e.folder for e in experiments}
     teachers = {teacher for _, teacher in plan.values()}
     common, records, failed = (device, quiet, checkpoint_every, log), {}, {}
-    if jobs > 1: failed = _side_by_side(plan, jobs, out, *common)
+    if jobs > 1: failed = _side_by_side(plan, teachers, jobs, out, *common)
     for i, (folder, (e, teacher)) in enumerate(plan.items()):
         if teacher in failed: failed.setdefault(folder)
         if folder in failed or jobs > 1 and folder not in own: continue
@@ -192,14 +192,13 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     return done, reasons(failed, len(plan))
 
 # %% ../nbs/cli.ipynb #7384a84c
-def _side_by_side(plan: dict, jobs: int, out, *common
+def _side_by_side(plan: dict, teachers: set, jobs: int, out, *common
                  ) -> dict: # {folder: why} of the runs that failed
     from letkd.runs.processes import processes
     if processes() > 1:
         raise ValueError(f'--jobs: found {jobs} under torchrun, whose processes share each run; '
                          'expected 1')
     missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
-    teachers = {teacher for _, teacher in plan.values()}
     todo = {folder: (_words(e, out, *common, folder in teachers),
                      teacher if teacher in missing else None)
             for folder, (e, teacher) in plan.items() if folder in missing}

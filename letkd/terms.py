@@ -165,15 +165,14 @@ def kernel_tap(model: nn.Module # the teacher
         raise ValueError('kernels: found no 3x3 convolution in '
                          f'{type(model).__name__}; use K-means')
     block = found[-1].rpartition('.')[0]
-    first = next(path for path in found if path.rpartition('.')[0] == block)
-    parent = model.get_submodule(block)
-    if type(parent).forward is not nn.Sequential.forward: return first
-    # a list of layers may go through several stages; its last one counts
-    layers = [(f'{block}.{name}'.lstrip('.'), m) for name, m in parent.named_children()]
-    names = [path for path, _ in layers]
-    for path, m in reversed(layers[:names.index(found[-1]) + 1]):
-        if path in found: first = path
-        if any(getattr(p, 'stride', 1) not in (1, (1, 1)) for p in m.modules()): break
+    parent, new = model.get_submodule(block), True
+    plain = type(parent).forward is nn.Sequential.forward
+    for name, m in parent.named_children():
+        # a list of layers may go through several stages; its last one counts
+        strides = [getattr(part, 'stride', 1) for part in m.modules()] if plain else []
+        new = new or any(s not in (1, (1, 1)) for s in strides)
+        path = f'{block}.{name}'.lstrip('.')
+        if new and path in found: first, new = path, False
     return first
 
 # %% ../nbs/07_terms.ipynb #81df4d8c
