@@ -11,7 +11,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator, Optional
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
                 ):
         super().__init__()
         self.student, self.terms = student, nn.ModuleList(terms)
-        self.__dict__.update(teacher=as_module(teacher), known=(None, ()),
+        self.__dict__.update(teacher=as_module(teacher), known=(None, (), []),
                              layouts=dict(student={}, teacher={}))
         self.needs_teacher = any(t.teacher for t in self.terms)
         self.output, self.memory, self.compiled = output, None, None
@@ -309,6 +309,7 @@ def forward(self: Distiller,
            ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
     progress = _share_done(self, progress, after_epoch)
+    _check_mode_of_student(self)
     batch = self.batch(images, labels, index, progress, after_epoch)
     maps, layers = Maps(), self.layers
     with nullcontext() if self.looked else unwritten(batch.images):
@@ -384,15 +385,32 @@ def _teacher(self: Distiller, batch: Batch) -> tuple: # (logits, {tap: map})
         return logits_of(out, 'teacher', self.output), maps
 
 # %% ../nbs/distiller.ipynb #8e1c0a06
+_SETTLED = WeakValueDictionary()  # id: a teacher that was in train mode
+
 def _settle(d: Distiller):
     "The teacher in eval mode, whatever another module that holds it has done to it."
-    teacher, modules = d.known
-    if teacher is not d.teacher:  # the first time, or it was folded
-        exported = is_exported(d.teacher)
-        if exported: _check_exported(d.teacher)
-        teacher, modules = d.teacher, [] if exported else list(d.teacher.modules())
-        d.known = teacher, modules
-    if True in [m.training for m in modules]: teacher.eval()
+    teacher, modules, parts = d.known
+    # the first time, or it was folded, or got another module
+    if teacher is not d.teacher or _parts(modules) != parts:
+        teacher, exported = d.teacher, is_exported(d.teacher)
+        if exported: _check_exported(teacher)
+        modules = [] if exported else list(teacher.modules())
+        d.known = teacher, modules, _parts(modules)
+    if True in [m.training for m in modules]:
+        teacher.eval()
+        _SETTLED[id(teacher)] = teacher
+
+def _parts(modules: list) -> list: # the children of each; `children` is slow
+    return [part for m in modules for part in m._modules.values()]
+
+def _check_mode_of_student(d: Distiller):
+    "Another distiller, whose teacher it is, has put it into eval mode."
+    student = d.student
+    if d.training and not student.training and _SETTLED.get(id(student)) is student:
+        raise RuntimeError('student: found it in eval mode, into which another distiller, whose '
+                           'teacher it is, has put it. Two students that teach each other need '
+                           'distiller.train() before each step of each; one whose training is '
+                           'over is evaluated after distiller.eval()')
 
 def _check_exported(model: nn.Module):
     "The mode of an exported network is that in which it was exported."

@@ -70,7 +70,10 @@ def _inverse(lengths: Tensor) -> Tensor: # 0 for a row of zeros
     return lengths.reciprocal().masked_fill_(lengths == 0, 0)
 
 # %% ../nbs/fused.ipynb #6873ef88
-_FREE = defaultdict(list) # (rows, K, type): memory that no tile uses now
+_FREE = defaultdict(list) # (K, type): memory that no tile uses now
+
+def _height(u: Tensor, k: int) -> int: # rows of a full tile of K templates
+    return max(256, (2**22 if u.is_cuda else 2**18) // k)
 
 def _spaced(u: Tensor, rows: int, k: int) -> Tensor: # rows x K, in the type of u, not filled
     return u.new_empty(rows, k + 16)[:, :k]
@@ -78,16 +81,16 @@ def _spaced(u: Tensor, rows: int, k: int) -> Tensor: # rows x K, in the type of 
 def _zeros(u: Tensor, rows: int, k: int) -> Tensor: return _spaced(u, rows, k).zero_()
 
 def _give_back(free: list, memory: Tensor, safe):
-    if safe and len(free) * memory.nbytes < 2**28: free.append(memory)
+    if safe and len(free) * memory.untyped_storage().nbytes() < 2**28: free.append(memory)
 
 def _tile(u: Tensor, rows: int, k: int, safe=True) -> Tensor: # rows x K, in the type of u
     "Room for a tile. When the tile dies its memory may serve again, if `safe` is true by then."
     if u.device.type != 'cpu': return u.new_empty(rows, k)
-    free = _FREE[rows, k, u.dtype]
+    free = _FREE[k, u.dtype]
     try: memory = free.pop()
     except IndexError:
-        with torch.inference_mode(False): memory = _spaced(u, rows, k)
-    tile = memory.detach()
+        with torch.inference_mode(False): memory = _spaced(u, _height(u, k), k)
+    tile = memory[:rows].detach()
     weakref.finalize(tile, _give_back, free, memory, safe).atexit = False
     return tile
 
@@ -97,7 +100,7 @@ def _tiles(u: Tensor, w: Tensor, count: int, fresh: int = 0, safe=True
     """Rows i to j of N and `count` tiles: the first `fresh` are new each time,
     the others serve every time."""
     n, k = len(u), len(w)
-    rows = min(max(256, (2**22 if u.is_cuda else 2**18) // k), max(n, 1))
+    rows = min(_height(u, k), max(n, 1))
     again = [_tile(u, rows, k) for _ in range(count - fresh)]
     for i in range(0, n, rows):
         j = min(i + rows, n)

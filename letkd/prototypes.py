@@ -341,7 +341,7 @@ class KMeansPrototypes(Supervision):
                              f'num_prototypes = {self.num_prototypes}')
         centres, inertia = kmeans(rows, self.num_prototypes, self.max_iter, self.seed,
                                   'K-means', devices.pop())
-        self.prototypes, self.inertia = centres.float(), torch.tensor(inertia)
+        self.prototypes, self.inertia = centres.float(), torch.tensor(float(inertia))
         return self
 
 # %% ../nbs/05_prototypes.ipynb #81d1f607

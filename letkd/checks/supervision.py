@@ -252,6 +252,11 @@ def _check_state_dict_loads(case):
     _refused(lambda: case.make().load_state_dict(renamed), key, 'another', what='a renamed key')
     if part: _refused(lambda: case.make().load_state_dict(part), key, what='a missing key')
 
+def _check_numbers_are_single(case):
+    "No result is in float64, which not every device has, wherever it was fitted."
+    double = [k for k, v in case.fit().state_dict().items() if v.dtype is torch.float64]
+    assert not double, f'{double}: found torch.float64; expected torch.float32'
+
 def _check_copies_are_independent(case):
     "A deep copy has the same targets and shares nothing."
     s = case.fit()

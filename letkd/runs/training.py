@@ -168,6 +168,8 @@ class WholeEpochs:
         self.epoch += 1
         for part in _parts(self.loader):  # samplers of several processes draw another order
             if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
+        # what persistent workers have drawn cannot be saved, so they start anew as well
+        if getattr(self.loader, 'persistent_workers', False): self.loader._iterator = None
         return iter(self.loader)
 
 # %% ../../nbs/runs/training.ipynb #bfc58afd
