@@ -308,8 +308,7 @@ def forward(self: Distiller,
             after_epoch: Optional[float] = None,
            ) -> tuple: # (student's logits B x Y, {name: weighted loss})
     "One step's losses; their sum is what to minimise."
-    progress = _share_done(self, progress, after_epoch)
-    _check_mode_of_student(self)
+    progress = _begin(self, progress, after_epoch)
     batch = self.batch(images, labels, index, progress, after_epoch)
     maps, layers = Maps(), self.layers
     with nullcontext() if self.looked else unwritten(batch.images):
@@ -350,8 +349,9 @@ def batch(self: Distiller, images, labels=None, index=None, progress=0.,
     return Batch(images, labels, index, progress, after_epoch)
 
 # %% ../nbs/distiller.ipynb #a26ee0a9
-def _share_done(d: Distiller, progress: Optional[float],
-                after_epoch: Optional[float]) -> float: # progress, 0 where nobody needs it
+def _begin(d: Distiller, progress: Optional[float],
+           after_epoch: Optional[float]) -> float: # progress, 0 where nobody needs it
+    _check_mode_of_student(d)
     if progress is None and (timed := [t.name for t in d.terms if t.timed]):
         raise ValueError(f'{timed}: found no progress; expected the share of the '
                          'training that is done, as in distiller(images, labels, '
@@ -412,6 +412,7 @@ def _check_mode_of_student(d: Distiller):
                            'distiller.train() before each step of each; one whose training is '
                            'over is evaluated after distiller.eval()')
 
+# %% ../nbs/distiller.ipynb #2af2dd74
 def _check_exported(model: nn.Module):
     "The mode of an exported network is that in which it was exported."
     places = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}

@@ -25,8 +25,8 @@ def precise(x: Tensor # of any floating type
 
 def unit(x: Tensor # ... x C vectors
         ) -> Tensor: # vectors of length 1, in float32 at least; zero vectors stay zero
-    """Divide each vector by its length (equation 1), which float32 can square: from about
-    1e-19 to 1e19."""
+    """Divide each vector by its length (equation 1), which float32 can square: from
+    about 1e-19 to 1e19."""
     x = precise(x)
     length = x.norm(dim=-1, keepdim=True)
     return x / length.masked_fill(length == 0, 1)

@@ -130,7 +130,8 @@ def targets(self: SupervisedLayer, maps: Maps, batch: Batch
     grid = self.grid
     if own and size != own:  # places in proportion; a signal has a height of 1
         size, own = [(1,) * (len(grid) - len(s)) + s for s in (size, own)]
-        if len(own) == len(grid): grid = tuple(n * a // b for n, a, b in zip(grid, size, own))
+        if len(own) == len(grid):
+            grid = tuple(n * a // b for n, a, b in zip(grid, size, own))
     t = rows(maps.teacher[self.teacher_tap], grid)
     labels = batch.classes.repeat_interleave(len(t) // len(batch.labels))
     return {self.student_tap: self.supervision.target(t, labels)}
