@@ -629,19 +629,16 @@ def _call(call, deterministic: bool = False, checkpoint_every: Optional[str] = N
     if checkpoint_every and 'torch' not in sys.modules:  # it reads them when it is loaded
         jobs = given.get('jobs', 1)
         os.environ.update(openmp(max(1, cores() // jobs) if jobs > 1 else None))
+    from letkd.models.imports import load
     from letkd.runs.checkpoints import Every, Signals
     from letkd.runs.meters import check_log
     from letkd.runs.processes import joined
     if deterministic: _equal_bits()
     if checkpoint_every:
         Every(given.setdefault('checkpoint_every', checkpoint_every))  # a slip is met at once
-    for file in [*given.pop('imports', ()), *given.pop('more_imports', ())]: _load(file)
+    for file in [*given.pop('imports', ()), *given.pop('more_imports', ())]: load(file)
     check_log(given.get('log'))
     with Signals(at_once=True), joined(given.get('device')): call(**given)
-
-def _load(file: str):
-    from letkd.models.imports import load
-    load(file)
 
 def _equal_bits():
     import torch

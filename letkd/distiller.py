@@ -86,9 +86,9 @@ class Term(nn.Module):
         # plain dicts: these belong to the student, and are saved with it
         self.layers, self.replaces = layers or {}, replaces or {}
 
-    # does it compare logits, so that student and teacher must know the same classes?
-    same_classes = False
+    same_classes = False  # must student and teacher know the same classes?
     timed = False  # does its loss depend on how far the training has come?
+    alone = 0.  # share of the training, from its start, in which cross-entropy is silent
 
     def silent(self, batch: Batch) -> bool: return False # loss 0 now, without `forward`?
     def targets(self, maps: Maps, batch: Batch) -> dict:

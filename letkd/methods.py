@@ -130,6 +130,9 @@ def method_options(method: str) -> dict: # {name: default}
     return {p.name: p.default for part in addends(method)
             for p in inspect.signature(part).parameters.values() if p.name != 'setup'}
 
+def _own(part: Callable, options: dict) -> dict: # those that this method has
+    return {k: v for k, v in options.items() if k in inspect.signature(part).parameters}
+
 # %% ../nbs/methods.ipynb #19e1c002
 class _Enough(Exception):
     "A second batch was asked for: a pass over the data would begin here."
@@ -261,9 +264,7 @@ def check_method(method: str,  # a row's name
               for key in options if key not in known]
     with torch.random.fork_rng():
         for part in addends(method):
-            own = inspect.signature(part).parameters
-            chosen = {k: v for k, v in options.items() if k in own}
-            found, built = _rehearse(part, setup, chosen)
+            found, built = _rehearse(part, setup, _own(part, options))
             faults, terms = faults + found, terms + built
         faults += clashes(method, [CrossEntropy(), *terms])
         if not faults and terms: faults += [*_other_classes(setup, terms)] or _unread(setup, terms)
@@ -299,9 +300,8 @@ def create_terms(method: str, # 'ce', a name in `METHODS`, or a sum such as 'let
     setup = Setup(student, teacher, batches, penultimate, intermediate, fit, output)
     ce, weight = _weights(method)
     check_method(method, setup, **options)
-    chosen = lambda part: {k: v for k, v in options.items()
-                           if k in inspect.signature(part).parameters}
-    terms = [term for part in addends(method) for term in _terms(part, part(setup, **chosen(part)))]
+    terms = [term for part in addends(method)
+             for term in _terms(part, part(setup, **_own(part, options)))]
     for term in terms: term.weight *= weight
-    start = max((getattr(term, 'alone', 0.) for term in terms), default=0.)
+    start = max((term.alone for term in terms), default=0.)
     return [CrossEntropy(ce, start=start), *terms]

@@ -622,7 +622,8 @@ def test_sizes(files):
 def refuse(constant): raise ValueError(f'{constant} is not JSON')
 
 
-@pytest.mark.parametrize('path', sorted((NBS/'records').rglob('*.json')), ids=lambda p: p.name)
-def test_records_parse(path):
+# those of runs are read in test_published.py
+@pytest.mark.parametrize('path', sorted((NBS/'records').glob('bench*.json')), ids=lambda p: p.name)
+def test_benchmarks_parse(path):
     record = json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
     assert record, f'{path.name} is empty'

@@ -56,6 +56,10 @@ def atomic(path,             # the final name; its folder is made
         part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/files.ipynb #f4295483
+def _few(items: Iterable) -> str: # the first four of these names, and how many more
+    names = [*items]
+    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+
 def make_folder(folder: Path): # and those above it
     "Make a folder that can be written to, or say why there is none."
     try: folder.mkdir(parents=True, exist_ok=True)

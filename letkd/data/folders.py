@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Augment, Batches, Images, first, hold_out, in_turn, statistics
-from .files import atomic, data_root, digest, make_folder, read_tensors
+from .files import _few, atomic, data_root, digest, make_folder, read_tensors
 from .imagenet import PhotoBatches, Photos, ResizedCrop, _transform
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
@@ -96,10 +96,6 @@ def _say(text: str):
 def _no_photo(folder: Path, other: Counter) -> ValueError:
     return ValueError(f'{folder}: found no photo{_counted(other)}; expected some '
                       f'({", ".join(ENDINGS)}), or no such folder')
-
-def _few(names) -> str: # the first four
-    names = [*names]
-    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 def _counted(other: Counter) -> str:
     return f' ({", ".join(f"{n} {ending}" for ending, n in other.most_common(5))})' if other else ''

@@ -13,17 +13,16 @@ from typing import Iterator, Optional
 
 import torch
 from torch import nn
+from torchvision import models
 
 from ..data.files import make_folder, read_torch
 from .imports import IMPORTED, fault, nearest
 
 # %% ../../nbs/models/others.ipynb #6088096d
-def _models(): return importlib.import_module('torchvision.models')
-
 def torchvision_names() -> list: # of strings, without the prefix
     """Torchvision's classifiers; googlenet and inception_v3 give more than logits in training
     and are not among them."""
-    names = _models().list_models(module=_models())
+    names = models.list_models(module=models)
     return [name for name in names if name not in ('googlenet', 'inception_v3')]
 
 # %% ../../nbs/models/others.ipynb #74f38e84
@@ -40,7 +39,7 @@ def torchvision_network(
     known = torchvision_names()
     if name not in known:
         raise nearest('network', f'torchvision/{name}', [f'torchvision/{n}' for n in known])
-    return _out_of_place(_models().get_model(name, weights=None, num_classes=num_classes))
+    return _out_of_place(models.get_model(name, weights=None, num_classes=num_classes))
 
 # %% ../../nbs/models/others.ipynb #ac42fdd2
 @contextmanager
@@ -72,7 +71,7 @@ def torchvision_weights(
     wanted: str | Path # 'IMAGENET1K_V1', 'DEFAULT', 'ResNet18_Weights.IMAGENET1K_V1', or a file
 ) -> Optional[dict]:   # name -> tensor; None where `wanted` is a file
     "The published weights of a classifier of torchvision."
-    known = _models().get_model_weights(name)
+    known = models.get_model_weights(name)
     weights = known.__members__.get(str(wanted).removeprefix(f'{known.__name__}.'))
     if weights is None and Path(wanted).exists(): return None
     if weights is None:

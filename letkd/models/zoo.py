@@ -16,7 +16,7 @@ from typing import Callable, Optional
 import torch
 from torch import nn
 
-from ..data.files import Pickled, read_tensors, read_torch, tensors_hash
+from ..data.files import Pickled, _few, read_tensors, read_torch, tensors_hash
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import own_names, own_network, timm_network, torchvision_names
@@ -120,9 +120,6 @@ def _plain_names(state):
     return _without(state, 'student.') or state
 
 # %% ../../nbs/models/zoo.ipynb #abb29e88
-def _few(items, most=4):
-    return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
-
 def _remedy(weights): # the expression that gives them
     under = ' (here from under model)' if weights.endswith("['model']") else ''
     return ('. Take a file that holds only weights (RepDistiller: ckpt_epoch_240.pth instead of '

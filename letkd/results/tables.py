@@ -23,6 +23,7 @@ from ..runs.experiments import (_DATA, _SHARED, Experiment, _check_fields, _netw
                                     _settings)
 from ..runs.recipes import DATASETS
 from ..runs.records import _tuples, experiment_of, read_record
+from ..distiller import attempted
 from ..methods import addends
 
 # %% ../../nbs/results/tables.ipynb #f266f8d9
@@ -179,19 +180,16 @@ def summary(records: list # of `read_records`
     return pd.DataFrame([row for pair, members in pairs.items()
                          for row in _table(_rows(pair, members, plain), pair)])
 
-def _error(call, *args): # of a call, or None
-    try: call(*args)
-    except Exception as error: return error
-
 # %% ../../nbs/results/tables.ipynb #bc495815
 def _note(e: Experiment, files: dict) -> str: # unknown names; files: imported by the record
     if not isinstance(e, Stranger): return ''
     looks = {'data set': (DATASETS.__getitem__, e.dataset), 'teacher': (_network, e.teacher),
              'student': (_network, e.student), 'method': (addends, e.method)}
     found = [f'the {what} {name}'
-             for what, (look, name) in looks.items() if name and _error(look, name)]
+             for what, (look, name) in looks.items() if name and attempted(look, name)]
     if not found:
-        error = ' '.join(str(_error(lambda: Experiment(**vars(e)))).split())
+        error, = attempted(lambda: Experiment(**vars(e)))
+        error = ' '.join(str(error).split())
         found = [f'settings of {e.name}, {error[:150]}']
     said = f'Not known here: {", ".join(found)}.'
     return said + f' The record was made with --import {" ".join(files)}.' if files else said

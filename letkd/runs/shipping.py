@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import letkd
 from ..data.files import atomic, read_tensors
 from .running import _REBUILT, _finished, _say_changed, load_run
-from .records import read_record, seen
+from .records import experiment_of, read_record, seen
 from ..layer import FoldedKDLayer, folded
 from ..models import create_model
 from ..taps import Placed, evaluating
@@ -303,7 +303,6 @@ def _student_file(run) -> Path: # a run's folder, its record.json or its student
 
 # %% ../../nbs/runs/shipping.ipynb #ed7dceeb
 def _experiment(path: Path): # a run's student.safetensors
-    from letkd.runs.records import experiment_of
     return experiment_of(read_record(path.with_name('record.json')))
 
 def _student(path: Path, about: dict) -> nn.Module:

@@ -230,7 +230,7 @@ _AT_EACH_STEP = ('forward_sync_buffers'
 def _spread(distiller: Distiller, device: torch.device) -> nn.Module:
     if processes() == 1: return distiller
     devices = [device] if device.type == 'cuda' else None
-    alone = any(getattr(term, 'alone', 0) for term in distiller.terms)
+    alone = any(term.alone for term in distiller.terms)
     return DistributedDataParallel(_Losses(distiller), devices, find_unused_parameters=alone,
                                    **{_AT_EACH_STEP: False})
 
