@@ -88,6 +88,7 @@ def table_command(name: str,                    # such as 'digit_pairs', 'ablati
     from letkd.results.published import beside, format_beside, plot_beside, published
     from letkd.results.tables import format_table, plot_table, read_records, summary
     _check_table(name, out, dict(dataset=dataset, pair=pair, set=settings))
+    if figure: figure = _picture(figure)
     if '/' in name: return _study_table(name, out, markdown, figure, dataset, pair, settings)
     known, style = len(published(name)) > 0, 'markdown' if markdown else 'text'
     look = Path(out).exists() or name in DATASETS and not known
@@ -112,11 +113,21 @@ def _check_table(name: str, out: str, options: dict): # {option of a study: its 
                          'study, such as ablation/layers')
 
 # %% ../nbs/cli.ipynb #9d5855f2
-def _draw(figure, file, dpi: int): # whole or not at all; without a suffix as PNG
+def _picture(file: str) -> str: # with a suffix, PNG if there was none; or what is wrong with it
+    from letkd.data.files import check_place
+    from matplotlib.backend_bases import FigureCanvasBase
+    known, kind = FigureCanvasBase.get_supported_filetypes(), Path(file).suffix[1:].lower()
+    if kind and kind not in known:
+        raise ValueError(f'--figure: found {file}; expected a file that ends in '
+                         f'{", ".join(sorted(known))}')
+    if file.endswith(os.sep): raise IsADirectoryError(f'--figure: found {file}; expected a file')
+    check_place(file)
+    return file if kind else f'{file}.png'
+
+def _draw(figure, file, dpi: int): # whole or not at all
     from letkd.data.files import atomic
-    kind = Path(file).suffix[1:] or 'png'
-    with atomic(file if Path(file).suffix else f'{file}.png') as part:
-        figure.savefig(part, dpi=dpi, format=kind)
+    kind = Path(file).suffix[1:]
+    with atomic(file) as part: figure.savefig(part, dpi=dpi, format=kind)
 
 # %% ../nbs/cli.ipynb #cada41da
 def _study_table(name, out, markdown, figure, dataset, pair, settings, records=None):
@@ -186,6 +197,7 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
         # another process may be training the same teacher
         do = partial(run, wait=True) if folder in teachers else call
         try: records[folder] = do(e, out, *common)
+        except BrokenPipeError: raise  # nobody reads what the run says
         except _ERRORS as error: failed[folder] = _text(error)
     asked = dict.fromkeys(e.folder for e in experiments)
     done = [records[folder] for folder in asked if folder in records]
@@ -256,7 +268,7 @@ def reproduce_command(record: str,                  # a record.json
     except (ValueError, ImportError) as error:
         raise ValueError('; '.join([str(error), *lost])) from None
     for line in lost: print(line, flush=True)
-    if data: e = replace(e, data=data)
+    if data: _check_images(e := replace(e, data=data), known)
     if (Path(out)/e.folder/'record.json').exists():
         raise ValueError(f'{Path(out)/e.folder}: found a record already; '
                          'expected a folder in which this run has not been made')
@@ -266,6 +278,13 @@ def reproduce_command(record: str,                  # a record.json
     if not good: raise RuntimeError(f'{record}: not reproduced')
 
 # %% ../nbs/cli.ipynb #51ffe83d
+def _check_images(e, record: dict): # the experiment elsewhere
+    from letkd.data.batches import data_hash
+    found = data_hash(e.load('train'), e.load(e.eval_split))
+    if found != record.get('data_hash', found):
+        raise ValueError(f'--data: found other images in {e.data} (data_hash {found:.16}...); '
+                         f'expected those of the record ({record["data_hash"]:.16}...)')
+
 def _lost(record: dict
          ) -> list: # of lines: what the record was made with, and is not here as it was
     from letkd.models.imports import versions
@@ -640,6 +659,13 @@ def _call(call, deterministic: bool = False, checkpoint_every: Optional[str] = N
     check_log(given.get('log'))
     with Signals(at_once=True), joined(given.get('device')): call(**given)
 
+def _unread(trains: bool) -> int: # the exit code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not trains: return 0
+    print('letkd: stopped, since nobody reads its output; the same command goes on from the last '
+          'checkpoint', file=sys.stderr)
+    return 141
+
 def _equal_bits():
     import torch
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it starts
@@ -660,8 +686,7 @@ def main(args: Optional[list] = None # of strings; None: those of the process
         _call(call, **given)
         sys.stdout.flush()
     # the reader of a pipe has seen enough, as in `letkd table cifar100 | head`
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError: return _unread('checkpoint_every' in given)
     except KeyboardInterrupt as e:
         said = str(e) or 'interrupted'
         if 'goes on' not in said and 'checkpoint_every' in given:

@@ -72,6 +72,14 @@ def _check_name(name: str, method: Callable):
         raise ValueError(f'method {name!r}: found the name taken, by '
                          f'{getattr(before, "__module__", "letkd")}; expected another one')
 
+# %% ../nbs/methods.ipynb #115072b7
+def _pairs(value) -> list: # the pairs of taps in an option: itself, or its items
+    is_pair = lambda v: (isinstance(v, (tuple, list)) and len(v) == 2
+                         and all(isinstance(t, str) for t in v))
+    if is_pair(value): return [value]
+    several = isinstance(value, (tuple, list)) and all(map(is_pair, value))
+    return list(value) if several else []
+
 def _check_options(name: str, method: Callable):
     if not callable(method):
         raise TypeError(f'method {name!r}: found {method!r:.80}; expected a function of a `Setup`')
@@ -81,7 +89,8 @@ def _check_options(name: str, method: Callable):
                          'its first argument; expected setup')
     for option in options[:-1]:
         variadic = option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD)
-        if variadic or not isinstance(option.default, (bool, int, float, str, tuple)):
+        if (variadic or not isinstance(option.default, (bool, int, float, str, tuple))
+                or isinstance(option.default, tuple) and not _pairs(option.default)):
             raise ValueError(f'method {name!r}: found the option {str(option)!r:.80}; expected '
                              'a default: a number, a text, True or False, '
                              "or taps such as ('layer3', 'layer3')")
@@ -164,13 +173,6 @@ class _Rehearsal(Setup):
         return Term(name, layers={taps[0]: nn.Identity()})
 
 # %% ../nbs/methods.ipynb #19e1c003
-def _pairs(value) -> list: # the pairs of taps in an option: itself, or its items
-    is_pair = lambda v: (isinstance(v, (tuple, list)) and len(v) == 2
-                         and all(isinstance(t, str) for t in v))
-    if is_pair(value): return [value]
-    several = isinstance(value, (tuple, list)) and all(map(is_pair, value))
-    return list(value) if several else []
-
 def _rehearse(part: Callable, setup: Setup, options: dict) -> tuple: # a method; (faults, terms)
     trial, terms = _Rehearsal(setup), []
     defaults = {p.name: p.default for p in inspect.signature(part).parameters.values()}

@@ -153,6 +153,7 @@ def test_table_of_what_was_run(out, record, capsys):
     (['run', 'digit_pairs/resnet20', '--set', 'epochs=0'], 'at least 1'),
     (['run', '../../etc/passwd'], 'expected a name'),
     (['run', NAME, '--set', "penultimate=('layer4', 'layer3')"], "nearest: 'layer3'"),
+    (['run', PAIR], 'without a method; expected one behind it'),
     (['table', 'cifar'], 'cifar100'),
     (['table', 'ablation/layer'], 'ablation/layers'),
     (['sweep', 'ablation/costs'], 'ablation/cost'),
@@ -173,6 +174,8 @@ def test_table_of_what_was_run(out, record, capsys):
     (['table', 'claims/main', '--out', 'rnus'], 'no folder rnus'),
     (['table', 'cifar100', '--pair', 'resnet56-resnet20'], 'belongs to a study'),
     (['table', 'cifar100', '--set', 'epochs=3'], 'belongs to a study'),
+    (['table', 'cifar100', '--figure', 'figures/'], '--figure: found figures/; expected a file'),
+    (['table', 'cifar100', '--figure', 'table.v2'], 'expected a file that ends in'),
 ])
 def test_a_slip_is_one_clear_line(args, says, tmp_path, capsys):
     from letkd.cli import main
@@ -388,6 +391,19 @@ def test_a_reader_may_leave_a_pipe(tmp_path):
         assert 'published' in process.stdout.readline()
         process.stdout.close()
         assert (process.stderr.read(), process.wait(timeout=60)) == ('', 0)
+
+
+def test_a_training_that_nobody_reads_is_not_called_done(tmp_path):
+    words = ['digit_pairs/resnet8x0.5', '--device', 'cpu', '--out', tmp_path,
+             *sets(epochs=1, train_size=640)]
+    for command in ['run'], ['sweep']:
+        words[0] = dict(run='digit_pairs/resnet8x0.5', sweep='ablation/naive')[command[0]]
+        with subprocess.Popen([*LETKD, *command, *words], text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
+            process.stdout.close()
+            said = process.stderr.read()
+            assert process.wait(timeout=120) == 141 and 'goes on from the last checkpoint' in said
+    assert not kept(tmp_path, 'record.json')
 
 
 # Studies

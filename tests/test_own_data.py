@@ -57,6 +57,36 @@ def test_a_folder_runs_is_tabulated_and_reproduced_elsewhere(photos, tmp_path, m
     assert len(kept(runs, 'record.json')) == 4, 'one photo more is other data, for the teacher too'
 
 
+def test_photos_are_known_by_what_they_are(photos, tmp_path, capsys):
+    "One seed before they have moved and one behind: one row, in the table and in a study."
+    chosen = lambda data: sets(epochs=1, teacher_epochs=1, batch_size=8, resolution=16, data=data)
+    alone = lambda seed, data: main(['run', 'folder/resnet8x0.5', '--seed', seed, *CPU, 'runs',
+                                     *chosen(data)])
+    assert alone('0', 'my photos') == 0, capsys.readouterr().err
+    for path in (tmp_path/'cache').rglob('*.safetensors'):
+        assert path.stat().st_mode & 0o44 == 0o44, 'others may read what was decoded'
+    shutil.copytree(photos, tmp_path/'others')
+    shutil.move(photos, tmp_path/'moved')
+    assert alone('1', 'moved') == 0
+    assert alone('1', './moved') == 0  # the same run
+    capsys.readouterr()
+    assert main(['table', 'folder']) == 0
+    said = capsys.readouterr().out
+    assert 'data=moved' in said and 'data=my photos' not in said and '(2)' in said
+    study = ['table', 'ablation/naive', '--dataset', 'folder', '--pair', 'resnet8-resnet8x0.5']
+    assert main([*study, *chosen('./moved')]) == 0
+    assert '(2)' in capsys.readouterr().out
+
+    next((tmp_path/'others').rglob('*.png')).unlink()
+    record, *_ = kept(tmp_path/'runs', 'record.json')
+    again = ['reproduce', str(record.parent), *CPU, 'again', '--data', 'others']
+    assert main(again) == 2
+    one_line(capsys, 'found other images in others')
+    (tmp_path/'moved'/'класс 3').symlink_to(tmp_path/'nowhere')
+    assert alone('2', 'moved') == 2
+    one_line(capsys, 'found a link to')
+
+
 @pytest.mark.parametrize('settings, says', [
     ({}, 'data: found None; expected the path of the data for folder'),
     (dict(data='nowhere'), 'nowhere: found no such folder'),

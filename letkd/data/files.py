@@ -44,7 +44,10 @@ def atomic(path,             # the final name; its folder is made
         if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
+        part.touch()
+        mode = part.stat().st_mode  # for others too; safetensors makes files for one user
         yield part
+        part.chmod(mode)
         with open(part, 'rb+') as f: os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
@@ -75,11 +78,14 @@ def check_place(path): # of a file to be written later
         raise IsADirectoryError(f'{path}: is a folder; expected the name of a file')
 
 # %% ../../nbs/data/files.ipynb #7a4e7b9f
+def _raise(error): # by `os.walk`, which would leave out a folder that it cannot read
+    raise error
+
 def files_below(folder: Path # to search
                ) -> list:    # of paths, in order
     "Every file below a folder. A folder is entered once, wherever links lead."
     found, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         if (real := os.path.realpath(here)) in seen: folders.clear()
         else: found += [Path(here)/name for name in names]
         seen.add(real)

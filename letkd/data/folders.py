@@ -10,7 +10,7 @@ import hashlib, json, os, shutil, warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Augment, Batches, Images, first, hold_out, in_turn, statistics
-from .files import _few, atomic, data_root, digest, make_folder, read_tensors
+from .files import _few, _raise, atomic, data_root, digest, make_folder, read_tensors
 from .imagenet import PhotoBatches, Photos, ResizedCrop, _transform
 
 # %% ../../nbs/data/folders.ipynb #a1c7f002
@@ -30,7 +30,7 @@ ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.
 def _below(folder: Path) -> Iterator[str]: # paths from `folder`
     "Every file that is not hidden; a link that leads back is not followed."
     been, top = set(), os.path.realpath(folder)
-    for at, folders, files in os.walk(folder, followlinks=True):
+    for at, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(at)
         if real in been or real != top and f'{top}/'.startswith(f'{real}/'):
             folders.clear()
@@ -41,7 +41,11 @@ def _below(folder: Path) -> Iterator[str]: # paths from `folder`
                     for name in sorted(files) if name[0] != '.')
 
 def _folders(path: Path) -> list: # names, in order
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != '.')
+    seen = [p for p in path.iterdir() if p.name[0] != '.']
+    if lost := [p for p in seen if p.is_symlink() and not p.exists()]:
+        raise FileNotFoundError(f'{lost[0]}: found a link to {os.readlink(lost[0])}, where nothing '
+                                'is; expected a folder or a photo there, or no link')
+    return sorted(p.name for p in seen if p.is_dir())
 
 def _is_photo(name: str) -> bool: return name.lower().endswith(ENDINGS)
 
@@ -54,7 +58,8 @@ def _listing(folder: Path, train: Optional[Photos] = None # whose classes it has
                                 'a folder of photos for every class')
     classes, names, labels, other = _classes(folder, train), [], [], Counter()
     for label, name in enumerate(classes):
-        files = [os.path.join(name, file) for file in _below(folder/name)]
+        files = [os.path.join(name, file)
+                 for file in (_below(folder/name) if (folder/name).is_dir() else ())]
         own = [file for file in files if _is_photo(file)]
         other.update(os.path.splitext(file)[1] or file for file in files if not _is_photo(file))
         if not own and train is None: raise _no_photo(folder/name, other)
@@ -122,7 +127,8 @@ def _apart(path: Path) -> list: # for training, then testing, then validation, a
     found = ', '.join(f'{name}/' for name in apart)
     beside = f', beside {others[:4]}' if others else ''
     raise ValueError(f'{path}: found {found} with folders inside{beside}; expected train/, '
-                     'and beside it val/ or test/, or class folders of photos alone')
+                     'and beside it val/ or test/ with class folders as well, or class folders of '
+                     'photos alone')
 
 def _left_out(path: Path, others: list, apart: list): # names of folders, of those that are used
     left = [*(f'{name}/' for name in others), *sorted(p.name for p in path.iterdir()
@@ -168,14 +174,20 @@ def _key(photos: Photos) -> str: # 64 hexadecimal digits
 def _contents(photos: Photos, root) -> str: # 64 hexadecimal digits
     "A hash of every photo's name and bytes, from the file, which is made if it is not there."
     path = data_root(root)/'folders'/f'{_key(photos)}.sha256'
+    def make():
+        each = tqdm(photos.names, str(photos.folder), disable=None)
+        found = sorted((os.fsdecode(name), hashlib.sha256(photos.data(i)).hexdigest())
+                       for i, name in enumerate(each))
+        with atomic(path) as part: part.write_text(digest(found))
+    _once(path, make)
+    return path.read_text()
+
+def _once(path: Path, make: Callable):
+    "Make a file, unless it is there, perhaps in a folder that cannot be written to."
+    if path.exists(): return
     make_folder(path.parent)
     with FileLock(path.with_suffix('.lock')):
-        if not path.exists():
-            each = tqdm(photos.names, str(photos.folder), disable=None)
-            found = sorted((os.fsdecode(name), hashlib.sha256(photos.data(i)).hexdigest())
-                           for i, name in enumerate(each))
-            with atomic(path) as part: part.write_text(digest(found))
-    return path.read_text()
+        if not path.exists(): make()
 
 # bytes of pixels that are kept in memory; a larger set is read from its files in each epoch
 _LIMIT = 2**31
@@ -236,9 +248,7 @@ def _decode(photos: Photos, given: bool, path: Path):
 def _cached(photos: Photos, given: bool, root) -> tuple: # (pixels, mean, std)
     "The pixels and their statistics, from the file, which is made if it is not there."
     path = data_root(root)/'folders'/f'{_key(photos)}{"" if given else "-one-size"}.safetensors'
-    make_folder(path.parent)
-    with FileLock(path.with_suffix('.lock')):
-        if not path.exists(): _decode(photos, given, path)
+    _once(path, lambda: _decode(photos, given, path))
     try:
         tensors, about = read_tensors(path)
         mean, std = (tuple(json.loads(about['about'])[k]) for k in ('mean', 'std'))

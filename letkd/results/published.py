@@ -20,7 +20,8 @@ from ..runs.recipes import RECIPES
 from ..runs.experiments import Experiment
 from ..methods import method_options
 from ..models.imports import nearest
-from .tables import _words, block, new_figure, row_of, shown, unusual
+from .tables import _shown_as, _time_of, _words, block, new_figure, row_of, shown
+from .tables import unusual
 
 # %% ../../nbs/results/published.ipynb #2ee432aa
 def published(dataset: str = '', # such as 'cifar100'; all where empty
@@ -301,14 +302,16 @@ def beside_study(name: str,         # 'ablation/layers' and the like
                 ) -> pd.DataFrame:  # the columns of `beside`, `options` and the row's `records`
     "The rows of a study with published figures and ours."
     (about, short), ours = _study(name), {}
-    for r in records: ours.setdefault(row_of(shown(r)), []).append(r)
+    for r in sorted(records, key=_time_of):  # the newest of a seed
+        ours.setdefault(row_of(shown(r)), {})[r['seed']] = r
     own = [short] if short in ABLATIONS else []
     columns = ['pair', 'method', 'options', 'metric']
     theirs = pd.concat([published('cifar100', s) for s in ('', *ABLATIONS, *own)])
     theirs = theirs.drop_duplicates(columns, keep='last')
     here, published_ = _experiments(name, dataset, pair, settings), _experiments(name, '', '', {})
     rows = [dict(pair=where, method=method, options=options, metric=metric,
-                 records=(runs := ours.get(row_of(e), [])), **_measured(runs, metric),
+                 records=(runs := [*ours.get(row_of(_shown_as(e, records)), {}).values()]),
+                 **_measured(runs, metric),
                  key=_words(there.changed),
                  fair=(dataset or 'cifar100', pair or where, e.changed)
                       == ('cifar100', where, there.changed))

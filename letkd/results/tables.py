@@ -50,6 +50,10 @@ def changed(self: Stranger) -> dict: # {setting: value} unlike the recipe's, and
              and k not in ('seed', 'teacher', 'method', 'options') and v != recipe[k]}
     return found | self.options
 
+# %% ../../nbs/results/tables.ipynb #09cd95d1
+# settings that decide the images; a path may lead elsewhere, or two to the same
+_IMAGES = ['dataset', *(key for key in _DATA if key != 'data')]
+
 def shown(record: dict # as `read_record` returns it
          ) -> Experiment: # or a `Stranger`
     """The experiment that made a record, even if its names are unknown here; data at a path are
@@ -67,18 +71,34 @@ def shown(record: dict # as `read_record` returns it
 def read_records(*places # folders or files
                 ) -> list: # of records, by name and seed
     "Every record below these places, each run once."
-    found = {}
-    for path in [path for place in places for path in _files(Path(place))]:
-        record = read_record(path)
+    found, paths = {}, [path for place in places for path in _files(Path(place))]
+    for path, record in zip(paths, _in_one_place([read_record(path) for path in paths])):
         try: key = shown(record)
         except (ValueError, ImportError, RecursionError) as error:
             raise ValueError(f'{path}: {error!s:.500}') from None
         if (said := (record['name'], record['seed'])) != (key.name, key.seed):
             raise ValueError(f'{path}: found the record of {said[0]:.80} seed {said[1]} with the '
                              f'settings of {key.name} seed {key.seed}')
-        if key not in found or record.get('time', '') > found[key].get('time', ''):
+        if key not in found or _time_of(record) > _time_of(found[key]):
             found[key] = record
     return sorted(found.values(), key=lambda r: (r['name'], r['seed']))
+
+# %% ../../nbs/results/tables.ipynb #d0c574d9
+def _time_of(record: dict) -> str: return record.get('time', '')  # when it was made
+
+def _in_one_place(records: list) -> list: # the same images, where the newest record says
+    last = {r.get('data_hash'): r['settings'].get('data') for r in sorted(records, key=_time_of)}
+    return [dict(r, settings=dict(r['settings'], data=last[r['data_hash']]))
+            if r['settings'].get('data') and r.get('data_hash') else r for r in records]
+
+def _shown_as(e: Experiment,
+             records: list, # of `read_records`
+            ) -> Experiment: # with its data named as `shown` names those of the newest record
+    place = lambda data: Path(str(data)).expanduser().resolve()
+    runs = [r for r in records if e.data and (data := r['settings'].get('data'))
+            and place(data) == place(e.data)
+            and all(getattr(e, key) == getattr(shown(r), key, None) for key in _IMAGES)]
+    return _with(e, data=shown(max(runs, key=_time_of)).data) if runs else e
 
 def _files(place: Path) -> list:
     if place.is_file(): return [place]
@@ -86,7 +106,7 @@ def _files(place: Path) -> list:
         raise FileNotFoundError(f'{place}: found no such file or folder; expected records, '
                                 f'as `letkd run --out {place}` leaves them')
     return [path for path in files_below(place) if path.suffix == '.json'
-            and path.name != 'config.json' and not path.name.startswith('bench')]
+            and path.name != 'config.json' and not path.name.startswith(('bench', '.'))]
 
 # %% ../../nbs/results/tables.ipynb #0b4a3c70
 def _with(e: Experiment, **changes) -> Experiment: # may turn a stranger into a known experiment
@@ -204,6 +224,12 @@ def _notes(runs: dict, pair: Experiment, row: str, first: dict
     found += [f'{row}: seed {seed} was made with another version of {", ".join(files)} than seed '
               f'{start["seed"]}, by the hashes in their records.'
               for seed, run in runs.items() if (files := _edited(start, run))]
+    found += [f'{row}: seed {seed} was made with another version of {", ".join(files)} than '
+              f'{first["name"]} seed {first["seed"]}, by the hashes in their records.'
+              for seed, run in runs.items()
+              if first.get('name') != run['name'] and (files := _networks(first, run))]
+    found += [f'{row}: seed {seed} was stopped, and went on under other conditions or with another '
+              'version of your files.' for seed, run in runs.items() if run.get('steady') is False]
     return '\n'.join(dict.fromkeys(filter(None, found or [_note(pair, {})])))
 
 # %% ../../nbs/results/tables.ipynb #6689634d
@@ -212,10 +238,14 @@ def _edited(a: dict, b: dict) -> list: # names of the user's files that differ i
     one, other = a.get('imported', {}), b.get('imported', {})
     return [name for name in one if name in other and one[name] != other[name]]
 
+def _networks(a: dict, b: dict) -> list: # files of a network that two records share, likewise
+    files = lambda r: {name.partition(':')[0] for key in ('student', 'teacher')
+                       if ':' in (name := r.get(key) or '')}
+    return [name for name in _edited(a, b) if Path(name).stem in files(a) & files(b)]
+
 # {name: (the hash of it, the settings that decide it)}
 _MADE_OF = dict(teachers=('teacher_hash', [k for k in _DEFAULT if k.startswith('teacher')]),
-                images=('data_hash', ['dataset', *_DATA]),
-                normalisations=('normalisation', ['dataset', *_DATA]))
+                images=('data_hash', _IMAGES), normalisations=('normalisation', _IMAGES))
 
 def _unlike(a: dict, b: dict) -> list: # of names, where two records should have the same hash
     said = lambda record, keys: [record.get('settings', {}).get(key) for key in keys]
@@ -255,7 +285,8 @@ def _check_like(records: list, others: list): # of two rows
                 raise ValueError(f"paired: found seeds {row[0]['seed']} and {r['seed']} of "
                                  f"different versions of {', '.join(files)}; expected one")
     for a, b in ((a, b) for a in records for b in others if a['seed'] == b['seed']):
-        if unlike := _unlike(a, b):
+        unlike = _unlike(a, b) + [f'versions of {file}' for file in _networks(a, b)]
+        if unlike:
             raise ValueError(f"paired: found different {' and '.join(unlike)} in seed {a['seed']}, "
                              'by the hashes in the records; expected the same')
 

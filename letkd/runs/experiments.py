@@ -131,8 +131,8 @@ def _check_options(e: Experiment, known: dict): # {option: default}
         if not _fits(value, type(known[key])): raise _misfit(key, value, type(known[key]))
         if type(value) is tuple and not _taps(value, known[key]):
             raise _misfit(key, value, f'taps such as {known[key]}')
-        if type(value) is int and type(known[key]) is int and value < 1:
-            raise _misfit(key, value, 'at least 1')
+        if type(value) is int and type(known[key]) is int and value < min(1, known[key]):
+            raise _misfit(key, value, f'at least {min(1, known[key])}')
         if re.search('tau|temperature', key) and value <= 0:
             raise _misfit(key, value, 'a positive temperature')
         if key.endswith('weight') and value < 0:
@@ -228,9 +228,13 @@ def named(cls: Experiment,
                          f'file, {file}, which is not trained; expected one of the two')
     return cls(dataset, student, teacher or None, method, **values)
 
+# %% ../../nbs/runs/experiments.ipynb #24f21681
 def _parts(name: str) -> list:
     others = '(?:torchvision|timm)/'  # names of networks with a slash
     match = re.fullmatch(f'([^/]+)/((?:{others})?[^/]+?(?:-{others}[^/]+)?)(?:/([^/]+))?', name)
+    if match and not match[3] and '-' in match[2]:
+        raise ValueError(f'experiment: found {name}, without a method; expected one behind it, as '
+                         f'in {name}/letkd2, or the student alone, as in {match[1]}/resnet20')
     if match: return [*match.groups(default='ce')]
     raise ValueError(f'experiment: found {name[:80]!r}; expected a name such as '
                      "'digit_pairs/resnet56-resnet20/letkd2' or 'digit_pairs/resnet20'")

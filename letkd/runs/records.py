@@ -149,9 +149,10 @@ _FIELDS = dict(name=str, method=str, seed=int, dataset=str, student=str, eval_sp
                top1_last=float, top1_best=float, epoch_best=int,
                top5_last=float, seconds=float, parameters=int, settings=dict) # of every record
 
-def read_record(path,     # of a record.json
+def read_record(path,     # of a record.json, or of the run's folder
                ) -> dict: # what is in it
     "Read a run's record; the error for another file says why it is none."
+    path = Path(path)/'record.json' if Path(path).is_dir() else path
     record = read_json(path)
     if missing := set(_FIELDS) - set(record):
         raise ValueError(f'{path}: not a record of this version; '
@@ -220,6 +221,7 @@ _FAR = 5.
 # what equal students have in common
 _NUMBERS = (*_PERCENT, 'epoch_best', 'epochs', 'parameters', 'target_perplexity', 'curve')
 
+# %% ../../nbs/runs/records.ipynb #9c1b3668
 def compare(record: dict, # as published
             again: dict,  # as made now
            ) -> tuple:    # (whether it is as equal as can be promised, lines that compare the two)
@@ -239,10 +241,12 @@ def compare(record: dict, # as published
     if far := abs(again['top1_last'] - record['top1_last']) > _FAR:
         lines.append(f'more than {_FAR:g} points of top-1 apart, which no condition explains')
     given = record.get('settings', {}).get('teacher_checkpoint')
+    if images := [line for line in differ if line.startswith(('data_hash: ', 'normalisation: '))]:
+        lines.append('other images do not reproduce a run')
     reasons = [line for line in differ if given or not line.startswith('teacher_hash: ')]
     if differ and not reasons:
         lines.append('the run trains its own teacher, and nothing explains that it is another one')
-    return not far and ('student_hash' not in record or bool(reasons)), lines
+    return not (far or images) and ('student_hash' not in record or bool(reasons)), lines
 
 # %% ../../nbs/runs/records.ipynb #e0c0a1d3
 def _tuples(value): # JSON has lists where settings have tuples

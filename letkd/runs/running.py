@@ -327,7 +327,7 @@ def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
         teacher.eval()  # alone, since some `train` methods return nothing
         return channels_last(teacher.to(device)), made | dict(
             teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
-    path = e.teacher_checkpoint
+    path = str(Path(e.teacher_checkpoint).expanduser())
     try: teacher = create_model(e.teacher, classes, checkpoint=path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
