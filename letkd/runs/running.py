@@ -6,7 +6,7 @@
 __all__ = ['prepare', 'run', 'load_run', 'Renormalise']
 
 # %% ../../nbs/runs/running.ipynb #72756e03
-import hashlib, json, sys, warnings
+import hashlib, json, os, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -327,7 +327,7 @@ def _teacher(e: Experiment, images, out, device, quiet, checkpoint_every, log
         teacher.eval()  # alone, since some `train` methods return nothing
         return channels_last(teacher.to(device)), made | dict(
             teacher_hash=weights_hash(teacher), teacher_top1=record['top1_last'])
-    path = str(Path(e.teacher_checkpoint).expanduser())
+    path = os.path.expanduser(e.teacher_checkpoint)
     try: teacher = create_model(e.teacher, classes, checkpoint=path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'teacher_checkpoint: {path} was not found; expected a file with '
