@@ -33,7 +33,7 @@ from ..models import create_model
 from ..models.folding import channels_last, fold_teacher
 from ..models.imports import nearest
 from ..models.pairs import places_of
-from ..prototypes import KMeansPrototypes, one_thread
+from ..prototypes import KernelPrototypes, KMeansPrototypes, one_thread
 from ..subclasses import SubClasses
 from .tables import block
 from ..taps import as_maps, capture, evaluating, insert, rows
@@ -248,10 +248,11 @@ TRAINING = dict(cifar10=50_000, cifar100=50_000, tiny_imagenet=100_000, imagenet
 
 def random_fit(classes: int # Y
               ) -> Callable: # a stand-in for `Setup.fit`, for timing
-    """Fill K-means prototypes and sub-classes with random rows and numbers; other supervisions
-    stay unfitted."""
+    """Fill K-means prototypes and sub-classes with random rows and numbers, fit kernels on the
+    first batch; other supervisions stay unfitted."""
     def fit(supervision, stream):
-        r = next(iter(stream))[0]
+        r = (first := next(iter(stream)))[0]
+        if isinstance(supervision, KernelPrototypes): return supervision.fit([first])
         if isinstance(supervision, KMeansPrototypes):
             chosen = torch.randint(len(r), (supervision.num_prototypes,), device=r.device)
             supervision.prototypes, supervision.inertia = r[chosen], r.new_zeros(())
