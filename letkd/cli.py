@@ -279,8 +279,8 @@ def reproduce_command(record: str,                  # a record.json
 
 # %% ../nbs/cli.ipynb #51ffe83d
 def _check_images(e, record: dict): # the experiment elsewhere
-    from letkd.data.batches import data_hash
-    found = data_hash(e.load('train'), e.load(e.eval_split))
+    from letkd.runs.running import _made_of
+    found = _made_of(e.load('train'), e.load(e.eval_split))['data_hash']
     if found != record.get('data_hash', found):
         raise ValueError(f'--data: found other images in {e.data} (data_hash {found:.16}...); '
                          f'expected those of the record ({record["data_hash"]:.16}...)')

@@ -393,16 +393,14 @@ def test_a_reader_may_leave_a_pipe(tmp_path):
         assert (process.stderr.read(), process.wait(timeout=60)) == ('', 0)
 
 
-def test_a_training_that_nobody_reads_is_not_called_done(tmp_path):
-    words = ['digit_pairs/resnet8x0.5', '--device', 'cpu', '--out', tmp_path,
-             *sets(epochs=1, train_size=640)]
-    for command in ['run'], ['sweep']:
-        words[0] = dict(run='digit_pairs/resnet8x0.5', sweep='ablation/naive')[command[0]]
-        with subprocess.Popen([*LETKD, *command, *words], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) as process:
-            process.stdout.close()
-            said = process.stderr.read()
-            assert process.wait(timeout=120) == 141 and 'goes on from the last checkpoint' in said
+@pytest.mark.parametrize('words', [['run', 'digit_pairs/resnet8x0.5'], ['sweep', 'ablation/naive']])
+def test_a_training_that_nobody_reads_is_not_called_done(words, tmp_path):
+    with subprocess.Popen([*LETKD, *words, '--device', 'cpu', '--out', tmp_path,
+                           *sets(epochs=1, train_size=640)], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 141 and 'goes on from the last checkpoint' in said
     assert not kept(tmp_path, 'record.json')
 
 

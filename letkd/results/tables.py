@@ -94,9 +94,10 @@ def _in_one_place(records: list) -> list: # the same images, where the newest re
 def _shown_as(e: Experiment,
              records: list, # of `read_records`
             ) -> Experiment: # with its data named as `shown` names those of the newest record
+    if not e.data: return e
     place = lambda data: Path(str(data)).expanduser().resolve()
-    runs = [r for r in records if e.data and (data := r['settings'].get('data'))
-            and place(data) == place(e.data)
+    here = place(e.data)
+    runs = [r for r in records if (data := r['settings'].get('data')) and place(data) == here
             and all(getattr(e, key) == getattr(shown(r), key, None) for key in _IMAGES)]
     return _with(e, data=shown(max(runs, key=_time_of)).data) if runs else e
 
