@@ -178,15 +178,27 @@ def _words(e, out, device, quiet: bool, checkpoint_every: str, log: Optional[str
     return [*shlex.split(e.command)[1:],
             '--out', str(out), '--checkpoint-every', checkpoint_every, *flags]
 
+# %% ../nbs/cli.ipynb #41a5a292
+def _fail(failed: str): # why
+    from letkd.runs.processes import agreed, processes
+    if processes() == 1: raise RuntimeError(failed)
+    agreed(lambda: print(f'letkd: {failed}', file=sys.stderr))  # before torchrun ends the others
+    raise SystemExit(2)
+
+def _check_out(out, plan: dict):
+    "A place that cannot be written to fails once, not once a run."
+    from letkd.data.files import make_folder
+    if any(not (Path(out)/folder/'record.json').exists() for folder in plan): make_folder(Path(out))
+
 # %% ../nbs/cli.ipynb #c22fe0b2
 _WORK = 'from letkd.cli import main; from letkd.runs.jobs import work; work(main)'
 
 def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every, log
             ) -> tuple: # (records, what failed and why)
-    from letkd.data.files import make_folder
+    from letkd.runs.processes import FirstFailed, all_here
     from letkd.runs.running import run
-    make_folder(Path(out))  # a place that cannot be written to fails once, not once a run
     plan, own = _plan(experiments), {e.folder for e in experiments}
+    _check_out(out, plan)
     teachers = {teacher for _, teacher in plan.values()}
     common, records, failed = (device, quiet, checkpoint_every, log), {}, {}
     if jobs > 1: failed = _side_by_side(plan, teachers, jobs, out, *common)
@@ -198,7 +210,10 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
         do = partial(run, wait=True) if folder in teachers else call
         try: records[folder] = do(e, out, *common)
         except BrokenPipeError: raise  # nobody reads what the run says
-        except _ERRORS as error: failed[folder] = _text(error)
+        except (*_ERRORS, FirstFailed) as error:
+            if not all_here(f'{folder} failed'): raise
+            failed[folder] = _text(error)
+            if not quiet: print(f'{folder} failed: {failed[folder]}', flush=True)
     asked = dict.fromkeys(e.folder for e in experiments)
     done = [records[folder] for folder in asked if folder in records]
     return done, reasons(failed, len(plan))
@@ -245,7 +260,7 @@ def sweep_command(name: str, # 'cifar100', 'ablation/layers'; see `letkd.results
     if '/' in name:
         print()
         _study_table(name, out, False, None, dataset, pair, settings, records)
-    if failed: raise RuntimeError(failed)
+    if failed: _fail(failed)
 
 # %% ../nbs/cli.ipynb #26a00002
 def reproduce_command(record: str,                  # a record.json
@@ -391,7 +406,7 @@ def demo_command(out: str = 'demo',            # folder of the runs and the figu
           f'Results go to {out}/', flush=True)
     records, failed = _run_all([teacher, *experiments], jobs, run, out, device, quiet,
                                checkpoint_every, log)
-    if failed: raise RuntimeError(failed)
+    if failed: _fail(failed)
     print('\n' + format_table(summary(records)) + '\n')
     for line in demo_figures(experiments[-1], records, out, device): print(line)
     print(f'{time.time() - start:.0f} s in all')

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from tqdm import tqdm
 
+from .data.files import _few
 from .matching import TableTarget, precise
 from .prototypes import Supervision, _check_labels, blocks, checked, distinct
 from .prototypes import kmeans, misfits, one_thread, sample
@@ -145,8 +146,11 @@ def transition_matrix(pieces: Iterable[tuple], # (z, labels)
     for z, labels in pieces: _count(z, labels, prototypes, per_class, counts)
     sizes = counts.sum(1)
     # a sub-class without pixels stays with itself
-    counts += torch.diag((sizes == 0).long())
-    return (counts.double() / counts.sum(1, keepdim=True)).float(), sizes
+    counts.diagonal().add_(sizes == 0)
+    M = torch.empty(k, k)
+    for rows, count in zip(M.split(256), counts.split(256)):
+        rows.copy_(count.double() / count.sum(1, keepdim=True))
+    return M, sizes
 
 # %% ../nbs/06_subclasses.ipynb #cc494a3b
 #| code-fold: true
@@ -184,7 +188,7 @@ def _fit_lda(pieces: Iterable[tuple], num_dims: int, per_class: int,
                          f'{counts.argmax()}); expected 2 classes or more')
     few = [f'{n} rows of class {y}' for y, n in enumerate(counts) if n < per_class]
     if few:
-        raise ValueError(f'SubClasses: found {", ".join(few)}; expected at least '
+        raise ValueError(f'SubClasses: found {_few(few)}; expected at least '
                          f'per_class = {per_class} of each')
     mean, between, within = moments.scatter()
     directions, values = lda_map(between, within, min(num_dims, len(counts) - 1))
@@ -258,7 +262,7 @@ def _check_sample(self: SubClasses, labels: Tensor, counts: np.ndarray):
     few = [f'{n} of the {counts[y]} rows of class {y}' for y, n in enumerate(held)
            if n < self.per_class]
     if few:
-        raise ValueError(f'SubClasses: found {", ".join(few)} in the sample that '
+        raise ValueError(f'SubClasses: found {_few(few)} in the sample that '
                          f'memory = {self.memory:,} bytes can hold; expected at least '
                          f'per_class = {self.per_class} of each. Give it more memory')
 

@@ -243,6 +243,83 @@ def test_banks_are_those_of_the_whole_batch(server, tmp_path):
         if torch.is_tensor(x): torch.testing.assert_close(two['state'][name], x)
 
 
+# What the processes cannot share, and what one of them alone meets
+
+def tiny():
+    "A student with parameters that it does not use, and a frozen batch norm."
+    import torch
+    from torch import nn
+    from letkd.distiller import CrossEntropy, Distiller
+
+    class Student(nn.Sequential):
+        def forward(self, x):
+            for module in [*self][:-1]: x = module(x)
+            return x
+
+    torch.manual_seed(0)
+    student = Student(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                      nn.Linear(4, 5), nn.Linear(3, 3))
+    student[1].eval()
+    return Distiller(student, None, [CrossEntropy()])
+
+
+def pictures(count):
+    import torch
+    from letkd.data.batches import Images
+    g = torch.Generator().manual_seed(0)
+    return Images(torch.randint(0, 256, (count, 3, 8, 8), generator=g, dtype=torch.uint8),
+                  torch.arange(count) % 5, mean=(.5,) * 3, std=(.5,) * 3)
+
+
+def unequal(out, place):
+    import torch
+    from fastcore.test import test_fail
+    from letkd.data.batches import Batches
+    from letkd.runs.processes import FirstFailed, agreed, all_here, joined, processes, rank
+    from letkd.runs.training import Training, train
+    os.environ |= place
+    torch.set_num_threads(1)
+    with joined('cpu'):
+        share = dict(share=(rank(), processes()))
+        test_fail(lambda: Training(tiny(), Batches(pictures(11), 8, **share), 1),
+                  contains='found a batch of 3 images for 2 processes')
+        some = [(torch.zeros(2, 3, 8, 8), torch.arange(2))] * (2 + rank())
+        test_fail(lambda: Training(tiny(), some, 1),
+                  contains='found [2, 3] batches in the 2 processes')
+        training = Training(tiny(), Batches(pictures(16), 8, **share), 2)
+        train(training, f'{out}/{processes()}', quiet=True)
+        if not rank(): torch.save(training.distiller.state_dict(), f'{out}/two.pt')
+
+        def broken(): raise ValueError('in the first')
+        test_fail(lambda: agreed(broken), exc=FirstFailed if rank() else ValueError)
+        assert all_here('both')
+        if rank(): assert not all_here('one of them', .1)
+        agreed(lambda: None)
+
+
+def test_unequal_shares_are_refused_and_unused_parameters_are_not(server, tmp_path):
+    import torch
+    from letkd.data.batches import Batches
+    from letkd.runs.training import Training, train
+    assert together(server, unequal, 2, str(tmp_path)) == [0, 0]
+    one = Training(tiny(), Batches(pictures(16), 8), 2)
+    train(one, tmp_path/'1', quiet=True)
+    found = torch.load(tmp_path/'two.pt', weights_only=True)
+    for name, x in one.distiller.state_dict().items(): torch.testing.assert_close(found[name], x)
+    assert found['student.1.num_batches_tracked'] == 0
+
+
+def test_a_sweep_of_two_goes_on_after_a_run_that_fails(server, tmp_path):
+    "For one row the images have fewer positions than prototypes."
+    words = ['sweep', 'ablation/capacity', '--dataset', 'digit_pairs', '--pair',
+             'resnet8-resnet8x0.5', '--out', str(tmp_path), '--quiet', '--device', 'cpu',
+             *lives.sets(**lives.SMALL | dict(epochs=1, num_prototypes=10**6))]
+    assert together(server, lives.command, 2, words, tmp_path/'said') == [2, 2]
+    said = (tmp_path/'said').read_text()
+    assert said.count('1 of 5 runs failed') == 1 and 'num_prototypes = 1000000' in said
+    assert len(lives.kept(tmp_path, 'record.json')) == 4
+
+
 # A student whose parameters are shards
 
 def sharded_steps(out, place):

@@ -17,6 +17,7 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.neighbors import KNeighborsClassifier
 
 from .at import STAGES, split_pairs
+from ..data.files import _few
 from ..distiller import Batch, Maps, Setup, Term
 from ..matching import precise
 from ..prototypes import Supervision, checked, one_thread, sample
@@ -110,8 +111,9 @@ def _class_means(x: np.ndarray, y: np.ndarray) -> np.ndarray: # N x C, N -> Y x 
     counts = np.bincount(y)
     if len(counts) < 2:
         raise ValueError('DecisionTree: found rows of one class; expected two classes or more')
-    if missing := np.flatnonzero(counts == 0).tolist():
-        raise ValueError(f'DecisionTree: found no row of the classes {missing}; expected one of '
+    if len(missing := np.flatnonzero(counts == 0)):
+        raise ValueError('DecisionTree: found no row of the classes '
+                         f'{_few(map(str, missing))}; expected one of '
                          f'each, up to the largest label {len(counts) - 1}')
     return np.stack([x[y == c].mean(0) for c in range(len(counts))])
 

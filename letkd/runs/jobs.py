@@ -98,18 +98,24 @@ def work(call: Callable): # a list of words -> an exit code, as `letkd.cli.main`
     os._exit(0)  # even if libraries have left threads
 
 # %% ../../nbs/runs/jobs.ipynb #08afe9da
+def _message(line: str) -> dict: # what a worker reports, or a line of another's
+    try: what = json.loads(line)
+    except ValueError: what = None
+    return what if isinstance(what, dict) else dict(line=line.rstrip())
+
 class _Worker:
     def __init__(self, code: str, watched: bool, told: queue.Queue, place: int):
         self.told, self.place, self.job, self.last, self.why = told, place, None, None, None
         command = [sys.executable, '-c', code, *(['watched'] if watched else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, encoding='utf-8', start_new_session=True)
+                                        text=True, encoding='utf-8', errors='replace',
+                                        start_new_session=True)
         threading.Thread(target=self._collect, daemon=True).start()
 
     def _collect(self):
         # closes both pipes; what was written to a dead worker cannot be delivered
         with contextlib.suppress(BrokenPipeError), self.process:
-            for line in self.process.stdout: self.told.put((self, json.loads(line)))
+            for line in self.process.stdout: self.told.put((self, _message(line)))
         self.told.put((self, dict(gone=self.process.returncode)))
 
     def ask(self, job: str, words: list):
@@ -197,7 +203,9 @@ def hear(self: Jobs):
 @patch
 def note(self: Jobs, worker: _Worker, code: int, last: str):
     "The job of a worker has ended."
-    if code: self.failed[worker.job] = last.removeprefix('letkd: ')
+    if code:
+        self.failed[worker.job] = last.removeprefix('letkd: ')
+        self.board.say(f'{worker.job} failed: {self.failed[worker.job]}')
     else:
         self.done.add(worker.job)
         self.board.say(last)

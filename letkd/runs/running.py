@@ -34,7 +34,7 @@ from .processes import agreed, processes, rank
 from .recipes import DATASETS
 from .records import _record, _tuples, cached, load_module, read_record
 from .records import save_module, seen, weights_hash
-from .training import Training, _plain, train
+from .training import Training, _plain, check_shares, train
 from ..taps import capture, evaluating, grid_of, insert
 
 # %% ../../nbs/runs/running.ipynb #21e1c001
@@ -103,9 +103,7 @@ def _check_last(e: Experiment, count: int): # training images
         raise ValueError(f'drop_last: found a last batch of one image, {count} images in batches '
                          f'of {e.batch_size}; batch normalisation needs more than one: '
                          'expected another batch_size, or drop_last=True')
-    if not e.drop_last and (e.batch_size % processes() or last % processes()):
-        raise ValueError(f'drop_last: found a last batch of {last or e.batch_size} images for '
-                         f'{processes()} processes; expected one that they share equally')
+    if not e.drop_last: check_shares(count, e.batch_size)
 
 # %% ../../nbs/runs/running.ipynb #d0a70008
 def _check_splits(e: Experiment, known, unseen): # images to train on and to evaluate on
@@ -119,18 +117,25 @@ def _check_splits(e: Experiment, known, unseen): # images to train on and to eva
 
 def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than
-    prototypes. Some networks cannot run without weights and are not checked."""
+    prototypes, or fewer of a class than sub-classes. Some networks cannot run without weights
+    and are not checked."""
     wanted = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0)
+    least = images.labels.bincount(minlength=len(images.classes)).min().item()
+    _check_count(e, e.penultimate, images, len(images), 'num_prototypes', wanted)
+    _check_count(e, e.intermediate, images, least, 'per_class', e.options.get('per_class', 0))
+
+def _check_count(e: Experiment, taps: tuple, images, count: int, name: str, wanted: int):
     model = _network(e.student)
     try:
-        with evaluating(model), capture(model, e.penultimate[:1]) as maps:
+        with evaluating(model), capture(model, taps[:1]) as maps:
             model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
-        height, width = grid_of(maps[e.penultimate[0]])
+        height, width = grid_of(maps[taps[0]])
     except Exception: return
-    if (found := len(images) * height * width) < wanted:
-        raise ValueError(f'num_prototypes: found {found} rows, {len(images)} images of '
+    if (found := count * height * width) < wanted:
+        of = 'the smallest class' if name == 'per_class' else 'all classes'
+        raise ValueError(f'{name}: found {found} rows, {count} images of {of} with '
                          f'{height} x {width} positions in {e.student}; '
-                         f'expected at least num_prototypes = {wanted}')
+                         f'expected at least {name} = {wanted}')
 
 # %% ../../nbs/runs/running.ipynb #3c5e16ce
 def run(e: Experiment,                # what to run
@@ -155,7 +160,7 @@ def run(e: Experiment,                # what to run
         with locked(folder, wait, '.run.lock'):
             # by the process that held the lock
             if done := agreed(lambda: _finished(folder)): return done
-            agreed(lambda: _announce(e, folder, quiet))
+            agreed(lambda: _announce(e, training.batches.batch_size, folder, quiet))
             perplexities = _first_look(e, training.distiller, plain)
             with _log(log, folder, perplexities) as watched:
                 train(training, folder, unseen, f'{e.name} seed {e.seed}', quiet,
@@ -183,10 +188,10 @@ def _log(name: Optional[str], folder: Path, perplexities: dict):
     try: yield log
     finally: log.close()
 
-def _announce(e: Experiment, folder: Path, quiet: bool):
+def _announce(e: Experiment, batch_size: int, folder: Path, quiet: bool):
     if processes() > 1 and not quiet:
-        print(f'{e.name}: {processes()} processes share each batch of {e.batch_size}, '
-              f'{e.batch_size // processes()} images each; '
+        print(f'{e.name}: {processes()} processes share each batch of {batch_size}, '
+              f'{batch_size // processes()} images each; '
               f'learning rate {e.lr:g}, as with one process', flush=True)
     config = folder/'config.json'
     if config.exists(): _check_settings(e, read_json(config), config)

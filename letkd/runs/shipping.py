@@ -146,7 +146,8 @@ def _agreement(expected: Tensor, found: Tensor) -> dict: # logits
     """The largest difference over the largest logit, and the number of images with the same
     predicted class."""
     expected, found = expected.double(), found.double()
-    difference = (found - expected).abs().max() / expected.abs().max()
+    largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # a new head gives 0
+    difference = (found - expected).abs().max() / largest
     same = (found.argmax(1) == expected.argmax(1)).sum()
     return dict(difference=difference.item(), same=int(same), images=len(expected))
 
@@ -201,6 +202,8 @@ def export(student: nn.Module, # any classifier, with KD layers or without; left
     model = folded(student).cpu().requires_grad_(False)
     batches = _batches(images)
     expected = torch.cat([*map(_by_student(student, mean, std), batches)])
+    if not expected.isfinite().all():
+        raise ValueError('export: found logits of the student that are not finite; is it trained?')
     if 'classes' in about and len(about['classes']) != expected.shape[1]:
         raise ValueError(f'export: found {len(about["classes"])} classes; expected the '
                          f'{expected.shape[1]} of the student')
