@@ -219,8 +219,9 @@ CLAIMS = dict(
                ('kd', 'letkd1', 'letkd2'), settings=_SHORT | dict(epochs=60)),
     weights=Study('KD with the weights that it has in a sum', (*_EIGHT, *_WIDE), ('ce+kd',),
                   settings=_SHORT),
-    layer=Study("letKD-1's layer without supervision", _EIGHT,
-                ('layer', *(f'layer num_templates={k}' for k in (64, 256))), settings=_SHORT),
+    layer=Study("letKD-1's layer without supervision", _EIGHT, ('layer',), settings=_SHORT),
+    templates=Study('the same with fewer templates', _EIGHT,
+                    tuple(f'layer num_templates={k}' for k in (64, 256)), settings=_SHORT),
     published=Study('the published recipe, all of it', ('resnet56-resnet20',),
                     ('student', 'kd', 'quest', 'letkd1', 'letkd2')),
 )

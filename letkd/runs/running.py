@@ -119,23 +119,25 @@ def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than
     prototypes, or fewer of a class than sub-classes. Some networks cannot run without weights
     and are not checked."""
-    wanted = 0 if e.options.get('kernels') else e.options.get('num_prototypes', 0)
     least = images.labels.bincount(minlength=len(images.classes)).min().item()
-    _check_count(e, e.penultimate, images, len(images), 'num_prototypes', wanted)
-    _check_count(e, e.intermediate, images, least, 'per_class', e.options.get('per_class', 0))
+    asked = dict(num_prototypes=(e.penultimate, len(images), 'all classes'),
+                 per_class=(e.intermediate, least, 'the smallest class'))
+    if e.options.get('kernels'): del asked['num_prototypes']
+    for name, (taps, count, of) in asked.items():
+        wanted = e.options.get(name, 0)
+        height, width = _grid(e, taps[0], images) if wanted else (0, 0)
+        if height and (found := count * height * width) < wanted:
+            raise ValueError(f'{name}: found {found} rows, {count} images of {of} with '
+                             f'{height} x {width} positions in {e.student}; '
+                             f'expected at least {name} = {wanted}')
 
-def _check_count(e: Experiment, taps: tuple, images, count: int, name: str, wanted: int):
+def _grid(e: Experiment, tap: str, images) -> tuple: # (h, w) in the student; (0, 0) if unknown
     model = _network(e.student)
     try:
-        with evaluating(model), capture(model, taps[:1]) as maps:
+        with evaluating(model), capture(model, [tap]) as maps:
             model(torch.empty(1, 3, *seen(images)['size'], device='meta'))
-        height, width = grid_of(maps[taps[0]])
-    except Exception: return
-    if (found := count * height * width) < wanted:
-        of = 'the smallest class' if name == 'per_class' else 'all classes'
-        raise ValueError(f'{name}: found {found} rows, {count} images of {of} with '
-                         f'{height} x {width} positions in {e.student}; '
-                         f'expected at least {name} = {wanted}')
+        return grid_of(maps[tap])
+    except Exception: return 0, 0
 
 # %% ../../nbs/runs/running.ipynb #3c5e16ce
 def run(e: Experiment,                # what to run
