@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .analysis import _frame, _kd_layer, _show, _strip
 from ..data.batches import Images
-from .tables import new_figure
+from .tables import _Figure, new_figure
 from ..taps import capture, evaluating, rows
 
 # %% ../../nbs/results/pictures.ipynb #8feec2d9
@@ -149,7 +149,7 @@ def show_transitions(transition: Tensor, # M, K x K
     shared sub-classes."""
     classes, flatness = images.classes, torch.special.entr(transition).sum(1).exp()
     ranked = [k for k in flatness.argsort(stable=True).tolist() if (cells[k] >= 0).all()]
-    fig = Figure((6.2 + .68 * cells.shape[1], 5.6), layout='constrained')
+    fig = _Figure((6.2 + .68 * cells.shape[1], 5.6), layout='constrained')
     fig.suptitle(_in_words(transition, classes), fontsize='medium')
     left, right = fig.subfigures(1, 2, width_ratios=(4.8, 1.4 + .68 * cells.shape[1]))
     order = list(range(len(classes))) if order is None else order

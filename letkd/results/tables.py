@@ -7,6 +7,7 @@ __all__ = ['ORDER', 'STYLES', 'NOTE', 'Stranger', 'shown', 'read_records', 'row_
            'block', 'pairs_of', 'format_table', 'new_figure', 'plot_table']
 
 # %% ../../nbs/results/tables.ipynb #7804efbb
+import io, struct
 from dataclasses import asdict, fields
 from math import nan
 from pathlib import Path
@@ -397,6 +398,13 @@ def format_table(frame: pd.DataFrame, # of `summary`
     return '\n\n'.join([*blocks, NOTE])
 
 # %% ../../nbs/results/tables.ipynb #b99e25d5
+class _Figure(Figure):
+    def _repr_png_(self) -> tuple: # (bytes, their size on the page): twice the pixels, to be sharp
+        file = io.BytesIO()
+        self.savefig(file, format='png', dpi=2 * self.dpi, bbox_inches='tight')
+        width, height = struct.unpack('>2I', file.getvalue()[16:24])
+        return file.getvalue(), dict(width=width // 2, height=height // 2)
+
 def new_figure(width: float,   # inches
                height: float,  # inches
                rows: int = 1,    # of axes
@@ -405,7 +413,7 @@ def new_figure(width: float,   # inches
                **options,      # of `Figure.subplots`
               ) -> tuple:      # (figure, rows x columns array of axes)
     "A figure that pyplot does not know, and its axes."
-    fig = Figure((width, height), layout='constrained')
+    fig = _Figure((width, height), layout='constrained')
     with sns.axes_style(style): return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 # %% ../../nbs/results/tables.ipynb #8feb85af
