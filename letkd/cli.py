@@ -544,8 +544,8 @@ def _run_arguments(commands):
 # %% ../nbs/cli.ipynb #9f50e7ab
 _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, '
             '/subclasses, /naive, /probe, /cost, claims/main, /wide, /methods, /embedding, '
-            '/subclasses, /kernels, /hints, /prototypes, /long, /weights, /layer, '
-            '/templates, /published')
+            '/subclasses, /kernels, /hints, /prototypes, /long, /published, /weights, '
+            '/layer, /templates')
 
 def _elsewhere(parser):
     parser.add_argument('--dataset', default='',

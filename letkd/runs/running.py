@@ -115,6 +115,7 @@ def _check_splits(e: Experiment, known, unseen): # images to train on and to eva
         raise ValueError(f'{e.dataset}: found images to train on that are normalised by {one}, '
                          f'and {e.eval_split} by {other}; expected the same')
 
+# %% ../../nbs/runs/running.ipynb #a23f9ef6
 def _check_rows(e: Experiment, images):
     """Raise an error, before a teacher is trained, if there are fewer positions than
     prototypes, or fewer of a class than sub-classes. Some networks cannot run without weights
