@@ -185,23 +185,22 @@ def _fail(failed: str): # why
     agreed(lambda: print(f'letkd: {failed}', file=sys.stderr))  # before torchrun ends the others
     raise SystemExit(2)
 
-def _check_out(out, plan: dict):
-    "A place that cannot be written to fails once, not once a run."
-    from letkd.data.files import make_folder
-    if any(not (Path(out)/folder/'record.json').exists() for folder in plan): make_folder(Path(out))
 
 # %% ../nbs/cli.ipynb #c22fe0b2
 _WORK = 'from letkd.cli import main; from letkd.runs.jobs import work; work(main)'
 
 def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_every, log
             ) -> tuple: # (records, what failed and why)
+    from letkd.data.files import make_folder
     from letkd.runs.processes import FirstFailed, all_here
     from letkd.runs.running import run
     plan, own = _plan(experiments), {e.folder for e in experiments}
-    _check_out(out, plan)
+    missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
+    # a place that cannot be written to fails once, not once a run
+    if missing: make_folder(Path(out))
     teachers = {teacher for _, teacher in plan.values()}
     common, records, failed = (device, quiet, checkpoint_every, log), {}, {}
-    if jobs > 1: failed = _side_by_side(plan, teachers, jobs, out, *common)
+    if jobs > 1: failed = _side_by_side(plan, missing, teachers, jobs, out, *common)
     for i, (folder, (e, teacher)) in enumerate(plan.items()):
         if teacher in failed: failed.setdefault(folder)
         if folder in failed or jobs > 1 and folder not in own: continue
@@ -219,13 +218,12 @@ def _run_all(experiments: list, jobs: int, call, out, device, quiet, checkpoint_
     return done, reasons(failed, len(plan))
 
 # %% ../nbs/cli.ipynb #7384a84c
-def _side_by_side(plan: dict, teachers: set, jobs: int, out, *common
+def _side_by_side(plan: dict, missing: list, teachers: set, jobs: int, out, *common
                  ) -> dict: # {folder: why} of the runs that failed
     from letkd.runs.processes import processes
     if processes() > 1:
         raise ValueError(f'--jobs: found {jobs} under torchrun, whose processes share each run; '
                          'expected 1')
-    missing = [folder for folder in plan if not (Path(out)/folder/'record.json').exists()]
     todo = {folder: (_words(e, out, *common, folder in teachers),
                      teacher if teacher in missing else None)
             for folder, (e, teacher) in plan.items() if folder in missing}
