@@ -328,7 +328,8 @@ def seed_spread(rows: Iterable, # of lists of records, a list for each row
                 value: str = 'top1_last', # what spreads
                ) -> tuple: # (standard deviation, degrees of freedom)
     "How much a seed spreads, from all rows together (equation 3)."
-    tops = [pd.Series(_seeds(records, value), dtype=float) for records in rows]
+    known = {row_of(shown(records[0])): records for records in rows if records}  # each row once
+    tops = [pd.Series(_seeds(records, value), dtype=float) for records in known.values()]
     freedom = sum(max(len(top) - 1, 0) for top in tops)
     if not freedom:
         raise ValueError(f'found {len(tops)} rows, none with two seeds; expected at least one')
