@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor, nn
 
-from .analysis import _frame, _kd_layer, _show, _strip
+from .analysis import _PITCH, _frame, _kd_layer, _show, _strip
 from ..data.batches import Images
 from .tables import _Figure, new_figure
 from ..taps import capture, evaluating, rows
@@ -173,17 +173,16 @@ def _annotated(ax,
     h, w = grid
     y, x = np.divmod(np.arange(len(own)), w)
     _show(ax, 0, picture)
-    ax.scatter((x + .5) / w, (y + .5) / h, s=1000 / len(own), c=[f'C{n}' for n in own.tolist()],
-               edgecolor='white', linewidth=1)
+    _show(ax, 1, 255 - (255 - picture) // 4)  # faint
     for cell, n in enumerate(own.tolist()):
-        ax.text((x[cell] + .5) / w, (y[cell] + .5) / h, n, size=6, color='white', ha='center',
-                va='center')
+        ax.text(_PITCH + (x[cell] + .5) / w, (y[cell] + .5) / h, n, size=7, color=f'C{n}',
+                weight='bold', ha='center', va='center')
     for letter, cell in marked.items():
         for colour, line in (('white', 3), ('black', 1.4)):
             _frame(ax, 0, x[cell] / w, y[cell] / h, 1 / w, 1 / h, colour, line)
         ax.text((x[cell] + .06) / w, (y[cell] + .08) / h, letter, size=8, weight='bold', va='top',
                 path_effects=[withStroke(linewidth=2, foreground='white')])
-    _strip(ax, 1, '')
+    _strip(ax, 2, '')
 
 # %% ../../nbs/results/pictures.ipynb #fc78687b
 def _mass(ax,
@@ -196,7 +195,6 @@ def _mass(ax,
     ax.bar(range(len(names)), mass, color=colours, width=.8)
     ax.set_xticks(range(len(names)), names, rotation=45, ha='right', fontsize=7)
     ax.tick_params(axis='y', labelsize=7)
-    ax.set_ylim(0, 1)
     ax.set_ylabel('$p_T$', fontsize=8)
     ax.set_title(f'{letter}: {mass.sum():.0%} of the mass shown, perplexity '
                  f'{torch.special.entr(p_t).sum().exp():.1f}', fontsize=8, loc='left')
@@ -209,16 +207,16 @@ def show_annotations(supervision,     # fitted `SubClasses`
                      grid: tuple,     # (h, w)
                      count: int = 4,  # images shown, the first ones
                     ) -> Figure:      # a row for each image
-    "Images with their sub-classes at the cells' centres, and the target of two cells of each."
+    "Images, the sub-classes of their cells, and the target of two cells of each."
     count, k = min(count, len(images)), supervision.per_class
     transition, flatness = supervision.transition.cpu(), supervision.flatness.cpu()
-    fig, axes = new_figure(8.2, 1.75 * count, count, 3, style='white', width_ratios=(1, 1.7, 1.7))
+    fig, axes = new_figure(9, 1.75 * count, count, 3, style='white', width_ratios=(1.9, 1.7, 1.7))
     for (picture, *bars), i in zip(axes, range(count)):
         cells = own.view(len(images), -1)[i].cpu()
         marked = dict(a=int(flatness[cells].argmin()), b=int(flatness[cells].argmax()))
         label = int(images.labels[i])
         _annotated(picture, images.images[i], cells % k, grid, marked)
-        picture.set_title(images.classes[label], fontsize=9)
+        picture.set_title(images.classes[label], fontsize=9, loc='left')
         for ax, (letter, cell) in zip(bars, marked.items()):
             _mass(ax, transition[cells[cell]], label, images.classes, k, letter)
     return fig

@@ -369,7 +369,7 @@ def _cells(row: pd.Series) -> dict: # {heading: cell}; a heading may have two li
             'top-5\nlast epoch': _number(row.top5_last, '.1f'),
             '\ngain': _number(row.gain, '+.1f'),
             '\nseconds': _number(row.seconds, ',.0f' if row.seconds >= 10 else '.1f'),
-            '\nparameters': _number(row.parameters, ',.0f'),
+            'parameters\nin training': _number(row.parameters, ',.0f'),
             **{k.replace(' ', '\n', 1): _number(v, '.2f') for k, v in row.items()
                if k.startswith('perplexity ')}}
 
