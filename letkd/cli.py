@@ -543,7 +543,7 @@ def _run_arguments(commands):
 _STUDIES = ('cifar100, tiny_imagenet, imagenet, ablation/clusters, /layers, /capacity, '
             '/subclasses, /naive, /probe, /cost, claims/main, /wide, /methods, /embedding, '
             '/subclasses, /kernels, /hints, /prototypes, /long, /published, /weights, '
-            '/layer, /templates')
+            '/both, /layer, /templates')
 
 def _elsewhere(parser):
     parser.add_argument('--dataset', default='',

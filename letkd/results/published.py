@@ -225,6 +225,8 @@ CLAIMS = dict(
 CLAIMS |= dict(  # not in the protocol
     weights=Study('KD with the weights that it has in a sum', (*_EIGHT, *_WIDE), ('ce+kd',),
                   settings=_SHORT),
+    both=Study("KD and letKD's supervision in the plain student", _EIGHT, ('quest+kd',),
+               settings=_SHORT),
     layer=Study("letKD-1's layer without supervision", _EIGHT, ('layer',), settings=_SHORT),
     templates=Study('the same with fewer templates', _EIGHT,
                     tuple(f'layer num_templates={k}' for k in (64, 256)), settings=_SHORT))
