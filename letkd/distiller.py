@@ -783,3 +783,7 @@ def compile_teacher(self: Distiller,
     if self.needs_teacher:
         self.compiled = compiled_capture(self.teacher, self.taps('teacher'), images,
                                          **options)
+
+@patch
+def __getstate__(self: Distiller): # a copy's teacher is another one, and not compiled
+    return {**vars(self), 'compiled': None}

@@ -153,17 +153,22 @@ class _Prototypes:
 def _negentropy(p: Tensor) -> Tensor: # rows x 1
     return p.clamp_min(torch.finfo(p.dtype).tiny).log2_().mul_(p).sum(1, keepdim=True)
 
-def _of_table(table: Tensor) -> tuple: # (sums of p log2 p, masses), R x 1 each
-    pieces = [precise(t) for t in table.split(max(1, 2**18 // table.shape[1]))]
-    return (torch.cat([_negentropy(t) for t in pieces]),
-            torch.cat([t.sum(1, keepdim=True) for t in pieces]))
+def _of_table(table: Tensor, used: Optional[Tensor] = None # rows of it; None: all
+             ) -> tuple: # (sums of p log2 p, masses), R x 1 each
+    step = max(1, 2**18 // table.shape[1])
+    pieces = table.split(step) if used is None else (table[i] for i in used.split(step))
+    found = [(_negentropy(t), t.sum(1, keepdim=True)) for t in map(precise, pieces)]
+    return tuple(map(torch.cat, zip(*found)))
 
 # %% ../nbs/fused.ipynb #5b8fe50c
 class _Table:
     "The tiles of a `TableTarget`."
     def __init__(self, target: TableTarget, like: Tensor):
         self.index, self.table = target.index.long(), target.table.to(like)
-        self.entropy, self.mass = (t.to(like)[self.index] for t in _of_table(target.table))
+        used, at = None, self.index
+        if len(at) < len(self.table) and not at.is_cuda:  # there it would wait for the GPU
+            used, at = at.unique(return_inverse=True)
+        self.entropy, self.mass = (t.to(like)[at] for t in _of_table(target.table, used))
 
     def tile(self, i, j, s, p, t):
         p = torch.index_select(self.table, 0, self.index[i:j], out=p)

@@ -170,7 +170,7 @@ def _node(layer: nn.Module, x: fx.Proxy
 
 # %% ../nbs/04_layer.ipynb #ad8493cc
 #| code-fold: true
-class _Together(torch.autograd.Function):
+class _Compiled(torch.autograd.Function):
     "Features and loss unchanged; their gradients enter the layer at the same time."
     generate_vmap_rule = True
     @staticmethod
@@ -179,6 +179,9 @@ class _Together(torch.autograd.Function):
     def setup_context(ctx, inputs, output): pass
     @staticmethod
     def backward(ctx, dout, dloss): return dout, dloss
+
+class _Together(_Compiled):
+    "The same with forward-mode gradients, at which a compiler would break the graph."
     @staticmethod
     def jvp(ctx, dout, dloss): return dout.clone(), dloss.clone()
 
@@ -201,7 +204,8 @@ def forward(self: KDLayer,
     if again: loss = self._loss_alone(rows, self._supervision.target)
     out = x if self.alpha == 0 else _like(out, last, x)
     if within:
-        if loss.requires_grad: out, loss = _Together.apply(out, loss)
+        together = _Compiled if torch.compiler.is_compiling() else _Together
+        if loss.requires_grad: out, loss = together.apply(out, loss)
         self._supervision.add(self, loss, x.requires_grad)
     return out if target is None else (out, loss)
 

@@ -298,8 +298,9 @@ def _load_from_state_dict(self: Supervision, state, prefix, local_metadata, stri
         return errors.append(f'{prefix or type(self).__name__}: {conflict}')
     for name, value in found.items():
         old = self._buffers[name]
+        like = value if old is None or not old.is_floating_point() else old
         device = value.device if old is None else old.device
-        self._buffers[name] = torch.empty_like(value, device=device)
+        self._buffers[name] = torch.empty_like(value, dtype=like.dtype, device=device)
     super(Supervision, self)._load_from_state_dict(state, prefix, local_metadata,
                                                    strict, missing, unexpected, errors)
     if found:

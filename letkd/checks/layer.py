@@ -472,10 +472,14 @@ def _check_compiles(case):
     "torch.compile, without a break in the graph, gives eager's features, loss and gradients."
     layer, x, target = case.usual()
     compiled = partial(torch.compile, backend='aot_eager', fullgraph=True)
-    eager = copy.deepcopy(layer)
+    eager, whole = copy.deepcopy(layer), compiled(layer)
+    def within(x, target):
+        with supervised({layer: target}) as losses: out = whole(x)
+        return out, losses[layer]
     try:
         expected = _step(eager, eager, x, target)
-        _close(_step(compiled(layer), layer, x, target), expected, 1e-10, 'compiled')
+        _close(_step(whole, layer, x, target), expected, 1e-10, 'compiled')
+        _close(_step(within, layer, x, target), expected, 1e-10, 'compiled and supervised')
         _same_when(case, lambda layer, x: compiled(layer), 1e-6)
     finally: torch._dynamo.reset()
 

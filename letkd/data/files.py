@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'data_root', 'atomic', 'make_folder', 'check_place', 'files_below', 'download', 'md5_of', 'fetch',
-           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'tensors_hash', 'read_json', 'digest']
+           'contents', 'decode', 'Pickled', 'read_torch', 'read_tensors', 'versioned', 'tensors_hash', 'read_json',
+           'digest']
 
 # %% ../../nbs/data/files.ipynb #41cf8376
 import errno, glob, hashlib, io, json, math, os, pickletools, re
 import tarfile, threading, time, warnings, zipfile
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from itertools import islice
@@ -297,6 +299,14 @@ def read_tensors(path,             # a safetensors file
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as e:
         raise ValueError(f'{path}: no sound safetensors file: {_line(e)}') from None
+
+def versioned(tensors: dict, # {name: tensor}, as files of tensors hold them
+              module,        # that is to load them
+             ) -> dict:      # for its `load_state_dict`
+    "Tensors with the versions of the module's parts, which some parts ask for."
+    state = OrderedDict(tensors)
+    state._metadata = module.state_dict()._metadata
+    return state
 
 def tensors_hash(named # (name, tensor or array) pairs; their order counts
                 ) -> str: # 64 hexadecimal digits

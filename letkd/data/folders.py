@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'folder_identity', 'folder', 'folder_batches']
 
 # %% ../../nbs/data/folders.ipynb #91eb2055
-import hashlib, json, os, shutil, warnings
+import hashlib, json, os, shutil, unicodedata, warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +86,16 @@ def _classes(folder: Path, train: Optional[Photos]) -> tuple: # as train has the
         hint = f'; do they lie in {folder/found[0]}?' if found else ''
         raise ValueError(f'{folder}: found {said}; expected a folder of photos for every '
                          f'class, of two or more{hint}')
+    alike = lambda name: unicodedata.normalize('NFC', name)
     if train and (unknown := [name for name in found if name not in train.classes]):
+        same = {*map(alike, unknown)} & {*map(alike, train.classes)}
+        hint = (f'; {_few(map(repr, same))} is there, with its accents stored in another way '
+                '(Unicode NFC and NFD): rename one of the two') if same else ''
         raise ValueError(f'{folder}: found {_few(map(repr, unknown))}; expected classes of '
-                         f'{train.folder}, {_few(map(repr, train.classes))}')
+                         f'{train.folder}, {_few(map(repr, train.classes))}{hint}')
+    if twins := [name for name, n in Counter(map(alike, found)).items() if n > 1]:
+        raise ValueError(f'{folder}: found two class folders that look like {_few(twins)}, their '
+                         'accents stored in two ways (Unicode NFC and NFD); expected one')
     return train.classes if train else tuple(found)
 
 _SAID = set() # warnings so far
@@ -150,6 +157,11 @@ def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
 
 # %% ../../nbs/data/folders.ipynb #a1c7f005
 def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
+    if lone := (photos.labels.bincount(minlength=len(photos.classes)) == 1).nonzero()[:, 0].tolist():
+        raise ValueError(f'{photos.folder}: found one photo of '
+                         f'{_few(photos.classes[i] for i in lone)}; expected two or more of each '
+                         'class, one to train on and one to hold out. Add photos, or give the '
+                         'splits as folders of their own: train/, test/ and val/')
     order = sorted(range(len(photos)), key=lambda i: hashlib.sha256(photos.names[i]).digest())
     try: rest, held = hold_out(photos.labels, share, order=torch.tensor(order))
     except ValueError as e: raise ValueError(f'{photos.folder}: {e}') from None

@@ -16,7 +16,8 @@ from typing import Callable, Optional
 import torch
 from torch import nn
 
-from ..data.files import Pickled, _few, read_tensors, read_torch, tensors_hash
+from ..data.files import (Pickled, _few, read_tensors, read_torch,
+                                tensors_hash, versioned)
 from ..layer import KDLayer
 from .mobilenetv2 import mobilenetv2
 from .others import own_names, own_network, timm_network, torchvision_names
@@ -114,7 +115,8 @@ def _without(state, prefix):
             if key.startswith(prefix)}
 
 def _plain_names(state):
-    "Take off what DataParallel, torch.compile and a distiller put before the names."
+    "Take off what DataParallel, torch.compile, a moving average and a distiller add to the names."
+    state = {key: value for key, value in state.items() if key != 'n_averaged'}
     for prefix in 2 * ('module.', '_orig_mod.'):
         if state and all(key.startswith(prefix) for key in state): state = _without(state, prefix)
     return _without(state, 'student.') or state
@@ -324,7 +326,7 @@ def load_weights(
         like = looks_like(state) or 'no network known here'
         raise ValueError('\n  '.join([f'{source} does not fit this {type(model).__name__}:',
                                       *wrong, f'it looks like {like}']))
-    model.load_state_dict(state)
+    model.load_state_dict(versioned(state, model))
     return model
 
 # %% ../../nbs/models/zoo.ipynb #b3758c51

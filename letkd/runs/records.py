@@ -19,7 +19,8 @@ from safetensors.torch import save
 # %% ../../nbs/runs/records.ipynb #72656304
 import letkd
 from ..data.batches import normalisation
-from ..data.files import atomic, digest, read_json, read_tensors, tensors_hash
+from ..data.files import (atomic, digest, read_json, read_tensors, tensors_hash,
+                              versioned)
 from ..layer import KDLayer
 from .checkpoints import locked
 from .experiments import Experiment, _fits, _misfit
@@ -66,7 +67,7 @@ def load_module(module: nn.Module, # of the kind that was saved
         if bad := [k for k, v in tensors.items() if not v.isfinite().all()
                    and (k not in own or own[k].isfinite().all())]:
             raise ValueError(f'no finite numbers in {", ".join(bad[:4])}')
-        module.load_state_dict(tensors)
+        module.load_state_dict(versioned(tensors, module))
         if (sum := weights_hash(module)) != about.get('sha256', sum):
             raise ValueError(f'found SHA-256 {sum}; expected {about["sha256"]}')
     except Exception as e:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import letkd
-from ..data.files import atomic, read_tensors
+from ..data.files import atomic, read_tensors, versioned
 from .running import _REBUILT, _finished, _say_changed, load_run
 from .records import experiment_of, read_record, seen
 from ..layer import FoldedKDLayer, folded
@@ -107,7 +107,8 @@ def _read_safetensors(data: bytes, model: nn.Module) -> Callable:
     with torch.no_grad():
         for v in model.state_dict().values(): v.zero_()
     state = safetensors.torch.load(data)
-    model.load_state_dict({name: state[short] for name, short in _names(model).items()})
+    state = {name: state[short] for name, short in _names(model).items()}
+    model.load_state_dict(versioned(state, model))
     return model
 
 # %% ../../nbs/runs/shipping.ipynb #f9879e7e
