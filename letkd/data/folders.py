@@ -98,6 +98,7 @@ def _classes(folder: Path, train: Optional[Photos]) -> tuple: # as train has the
                          'accents stored in two ways (Unicode NFC and NFD); expected one')
     return train.classes if train else tuple(found)
 
+# %% ../../nbs/data/folders.ipynb #26e3bfdf
 _SAID = set() # warnings so far
 
 def _say(text: str):
@@ -157,11 +158,10 @@ def _splits(path: Path, held_out: float) -> dict: # {split: `Photos`}
 
 # %% ../../nbs/data/folders.ipynb #a1c7f005
 def _parts(photos: Photos, share: float) -> tuple: # (rest, share of each class)
-    if lone := (photos.labels.bincount(minlength=len(photos.classes)) == 1).nonzero()[:, 0].tolist():
-        raise ValueError(f'{photos.folder}: found one photo of '
-                         f'{_few(photos.classes[i] for i in lone)}; expected two or more of each '
-                         'class, one to train on and one to hold out. Add photos, or give the '
-                         'splits as folders of their own: train/, test/ and val/')
+    if lone := [photos.classes[i] for i, n in enumerate(photos.labels.bincount()) if n == 1]:
+        raise ValueError(f'{photos.folder}: found one photo of {_few(lone)}; expected '
+                         'two or more of each class, one to train on and one to hold out. Add '
+                         'photos, or give the splits as folders: train/, test/ and val/')
     order = sorted(range(len(photos)), key=lambda i: hashlib.sha256(photos.names[i]).digest())
     try: rest, held = hold_out(photos.labels, share, order=torch.tensor(order))
     except ValueError as e: raise ValueError(f'{photos.folder}: {e}') from None

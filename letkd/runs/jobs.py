@@ -195,9 +195,8 @@ def hear(self: Jobs):
         else: self.note(worker, what['code'], why)
     if 'gone' in what:
         if worker.job:
-            killed = (', killed, perhaps for want of memory: fewer --jobs need less. The same '
-                      'command goes on from its checkpoint' if what['gone'] == -9 else '')
-            ended = f'its process ended with code {what["gone"]}{killed}'
+            hint = ', killed (out of memory?); the same command goes on' * (what['gone'] == -9)
+            ended = f'its process ended with code {what["gone"]}{hint}'
             self.note(worker, 1, worker.why or ended)
         del self.workers[worker.place]
 
