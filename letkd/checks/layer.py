@@ -479,7 +479,8 @@ def _check_compiles(case):
     try:
         expected = _step(eager, eager, x, target)
         _close(_step(whole, layer, x, target), expected, 1e-10, 'compiled')
-        _close(_step(within, layer, x, target), expected, 1e-10, 'compiled and supervised')
+        if type(layer).forward is KDLayer.forward:  # which looks for a supervised block
+            _close(_step(within, layer, x, target), expected, 1e-10, 'compiled and supervised')
         _same_when(case, lambda layer, x: compiled(layer), 1e-6)
     finally: torch._dynamo.reset()
 
