@@ -103,12 +103,6 @@ def outline(
 # %% ../../nbs/models/zoo.ipynb #1a3d2a8e
 _wrappers = ('model', 'network', 'state_dict', 'net')
 
-def _unwrap(found, depth=4): # depth: a dict may hold itself
-    "The state dict inside the dicts of the field."
-    for key in _wrappers:
-        if depth and isinstance(found.get(key), dict): return _unwrap(found[key], depth - 1)
-    return {str(key): value for key, value in found.items()}
-
 def _without(state, prefix):
     "The entries under a prefix, without it."
     return {key.removeprefix(prefix): value for key, value in state.items()
@@ -120,6 +114,19 @@ def _plain_names(state):
     for prefix in 2 * ('module.', '_orig_mod.'):
         if state and all(key.startswith(prefix) for key in state): state = _without(state, prefix)
     return _without(state, 'student.') or state
+
+def _unwrap(found, source=None, depth=4): # source: its path; depth: a dict may hold itself
+    "The state dict inside the dicts of the field, under plain names."
+    key = next((k for k in _wrappers if depth and isinstance(found.get(k), dict)), None)
+    if key is None: return _plain_names({str(key): value for key, value in found.items()})
+    state = _unwrap(found[key], source, depth - 1)
+    alike = lambda v: isinstance(v, dict) and state and _unwrap(v).keys() == state.keys()
+    if source and (more := [k for k, v in found.items() if k != key and alike(v)]):
+        warnings.warn(f'{source}: took the weights under {key!r}; found others of the same names '
+                      f'under {_few(map(repr, more))}. To have those, save them alone:\n'
+                      f'  python -c "import torch; torch.save(torch.load({str(source)!r})'
+                      f'[{more[0]!r}], \'weights.pth\')"')
+    return state
 
 # %% ../../nbs/models/zoo.ipynb #abb29e88
 def _remedy(weights): # the expression that gives them
@@ -153,7 +160,7 @@ def read_checkpoint(
     else:
         try: found = read_torch(path)
         except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
-    state = _plain_names(_unwrap(found)) if isinstance(found, dict) else {}
+    state = _unwrap(found, path) if isinstance(found, dict) else {}
     if few := _quantised(state):
         raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the '
                          'weights from before they were quantised')
