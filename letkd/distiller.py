@@ -245,10 +245,10 @@ def _shared(d: Distiller) -> list:
     kinds = dict(module='named_modules', parameter='named_parameters',
                  buffer='named_buffers')
     for kind, walk in kinds.items():
-        theirs = {id(x): name for name, x in getattr(d.teacher, walk)()}
-        both = [(name, theirs[id(x)])
+        theirs = {_place(x): name for name, x in getattr(d.teacher, walk)()}
+        both = [(name, theirs[_place(x)])
                 for part in trained for name, x in getattr(part, walk)()
-                if id(x) in theirs and not _is_stateless(x)]
+                if _place(x) in theirs and not _is_stateless(x)]
         if both:
             pairs = ', '.join(
                 f'{a or "(itself)"!r}' + f' is {b or "(itself)"!r}' * (a != b)
@@ -258,6 +258,12 @@ def _shared(d: Distiller) -> list:
                 f'shares with the teacher ({pairs}); the teacher must not change while '
                 'the student is trained: give it its own by copy.deepcopy')]
     return []
+
+# %% ../nbs/distiller.ipynb #583c9adf
+def _place(x): # of a module, or of a tensor's numbers, which two tensors may share
+    try: at = x.data_ptr() if x.numel() else 0
+    except Exception: at = 0  # a module, or a tensor without memory of its own
+    return (x.device, at) if at else id(x)
 
 def _is_stateless(x) -> bool:
     # the same activation may stand in two networks, as a default argument does
@@ -535,7 +541,7 @@ def _check_gradients(self: Distiller, found: dict, maps: Maps, cut: list, batch:
     for tap in taps:
         if before := _trained_before(self, tap, batch.images):
             raise RuntimeError(f"student's tap {tap!r}: found a map without a "
-                               f'gradient, although {before} before it can be trained. '
+                               f'gradient, although {before}, on which it depends, can be trained. '
                                f'{hint} What shall not be trained needs '
                                'requires_grad_(False)')
         self.frozen.add(tap)
@@ -558,27 +564,26 @@ def _loss(term: Term, maps: Maps, batch: Batch) -> Tensor: # scalar, before the 
 # %% ../nbs/distiller.ipynb #8e1c0b06
 def _trained_before(d: Distiller, tap: str, images: Tensor
                    ) -> str: # a parameter's name, or nothing
-    """The first parameter that can be trained of a module that is called before a map
-    comes by its tap."""
-    found, done, at = [], [], resolve(d.student, tap)
-    layers = {m for layer in d.layers.values() for m in layer.modules()}
-    def begin(module, path):
-        own = [] if done or module in layers else module.named_parameters(recurse=False)
-        found.extend(f'{path}.{name}'.lstrip('.') for name, p in own if p.requires_grad)
-    end = lambda *_: done.append(1)
-    if ':input' in tap: handles = [at.register_forward_pre_hook(end, prepend=True)]
-    else: handles = [at.register_forward_hook(end)]
-    for path, module in d.student.named_modules():
-        hook = lambda m, args, path=path: begin(m, path)
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
-        with warnings.catch_warnings(), evaluating(d.student) as model:
+    "The first parameter that can be trained and that a map depends on."
+    layers = {p for layer in d.layers.values() for p in layer.parameters()}
+    own = {name: p for name, p in d.student.named_parameters()
+           if p.requires_grad and p not in layers}
+    def found():
+        with warnings.catch_warnings(), capture(d.student, tap) as maps:
             # the checkpoint's, that nothing here has a gradient
             warnings.simplefilter('ignore')
-            model(images[:2])
-    finally:
-        for handle in handles: handle.remove()
-    return next(iter(found), '')
+            with evaluating(d.student) as model: model(images[:2])
+        return maps[tap].clone()
+    before = found()
+    def counts(*names): # does another value of these give another map?
+        kept = {name: own[name].data.clone() for name in names}
+        try:
+            # by `data`: for autograd, whose graph is there already, nothing changes
+            for name in names: own[name].data.mul_(1.1).add_(.1)
+            return not torch.equal(found(), before)
+        finally:
+            for name in names: own[name].data.copy_(kept[name])
+    return next(filter(counts, own), next(iter(own))) if own and counts(*own) else ''
 
 # %% ../nbs/distiller.ipynb #66f5ff30
 class CrossEntropy(Term):
@@ -742,6 +747,14 @@ def _arrivals(index: Optional[Tensor], count: int
                          f'expected 0 to {count - 1}')
     return index.cpu().bincount(minlength=count)
 
+def _check_once(came: Tensor): # how often each place was in an index
+    if (wrong := came != 1).any():
+        none, more = int((came == 0).sum()), int((came > 1).sum())
+        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; expected '
+                         f'each of 0 to {len(came) - 1} once, but {none} did not come '
+                         f'and {more} came more than once, the first of them '
+                         f'{int(wrong.nonzero()[0])}')
+
 # %% ../nbs/distiller.ipynb #dafb1074
 @patch
 def remember(self: Distiller,
@@ -757,19 +770,16 @@ def remember(self: Distiller,
     if not self.needs_teacher: return False
     for images, labels, index in map(unpack, batches):
         came += _arrivals(index, count)
-        logits, maps = self._teacher(Batch(*beside(self.teacher, images), labels))
+        # a function's network has no device of its own here
+        near = self.teacher if [*self.teacher.parameters()] else self.student
+        logits, maps = self._teacher(Batch(*beside(near, images), labels))
         said = [logits, *(maps[tap] for tap in self.taps('teacher'))]
         if memory is None:
             if count * sum(x[0].numel() * x.element_size() for x in said) > limit:
                 return False
             memory = [x.new_empty(count, *x.shape[1:]) for x in said]
         for known, x in zip(memory, said): known[index] = x
-    if (wrong := came != 1).any():
-        none, more = int((came == 0).sum()), int((came > 1).sum())
-        raise ValueError(f'Distiller.remember: found {int(came.sum())} images; '
-                         f'expected each of 0 to {count - 1} once, but {none} '
-                         f'did not come and {more} came more than once, the first of '
-                         f'them {int(wrong.nonzero()[0])}')
+    _check_once(came)
     self.memory = memory
     return True
 

@@ -144,23 +144,35 @@ def _own(part: Callable, options: dict) -> dict: # those that this method has
 
 # %% ../nbs/methods.ipynb #19e1c002
 class _Enough(Exception):
-    "A second batch was asked for: a pass over the data would begin here."
+    "What would take a pass over the data was asked for."
 
+class _First:
+    "The batches in a rehearsal: one of them, and whatever else they say of themselves."
+    def __init__(self, setup: Setup): self.setup = setup
+    def __iter__(self):
+        yield self.setup.first
+        raise _Enough
+
+    def __len__(self): return len(self.setup.batches)
+    def __getitem__(self, i): return self.setup.batches[i]
+    def __getattr__(self, name: str): return getattr(vars(self)['setup'].batches, name)
+
+# %% ../nbs/methods.ipynb #97ea1b09
 class _Fitted(nn.Module):
     "Stands in for a supervision, without being fitted."
     num_templates = 1
+    def __getattr__(self, name: str): # of what a fit would find
+        if name.startswith('_'): return super().__getattr__(name)
+        raise _Enough
 
 class _Rehearsal(Setup):
     "A setup that notes what is wrong with the taps, and fits nothing."
     def __init__(self, setup: Setup):
         vars(self).update(vars(setup))
-        self.setup, self.batches, self.faults, self.asked = setup, self, [], set()
+        self.setup, self.batches, self.faults, self.asked = setup, _First(setup), [], set()
         self.fit = lambda supervision, rows: _Fitted()
 
     first = property(lambda self: self.setup.first)
-    def __iter__(self):
-        yield self.first
-        raise _Enough
 
     def place(self, side: str, tap: str) -> tuple:
         self.asked.add((side, tap))

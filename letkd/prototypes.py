@@ -201,8 +201,9 @@ def _lloyd_in_tiles(x: Tensor, weights: Tensor, centres: Tensor, max_iter: int,
         empty = (mass == 0).nonzero()[:, 0]
         if len(empty): centres[empty] = x[far.topk(len(empty)).indices]
         if (centres - old).square().sum() <= enough: break
-    squares = (_pass(x, weights, centres)[2] * weights).double().sum()
-    return centres, (squares / weights.double().sum()).item()
+    squares = _pass(x, weights, centres)[2] * weights
+    total = lambda v: v.cpu().double().sum().item()  # some devices have no float64
+    return centres, total(squares) / total(weights)
 
 # %% ../nbs/05_prototypes.ipynb #33b0c018
 #| code-fold: true

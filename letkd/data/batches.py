@@ -95,7 +95,7 @@ def _rank(labels):
     "How many images of the same class come before each: int64, N."
     order, count = labels.argsort(stable=True), labels.bincount()
     first = count.cumsum(0) - count
-    rank = torch.arange(len(labels)) - first[labels[order]]
+    rank = torch.arange(len(labels), device=labels.device) - first[labels[order]]
     return torch.empty_like(labels).scatter_(0, order, rank)
 
 def in_turn(labels,  # int64, N
@@ -111,6 +111,7 @@ def hold_out(labels,  # int64, N
              order=None,
             ):  # (rest, held): int64 indices in ascending order, together 0 .. N - 1
     "Split off `count` random images of each class, or that share of them, but at least one."
+    labels = labels.cpu()
     counts = labels.bincount()
     fewest, share = int(counts.min()), 0 < count < 1
     wanted = (counts * count).round().clamp(min=1) if share else torch.full_like(counts, int(count))
@@ -123,7 +124,7 @@ def hold_out(labels,  # int64, N
                          f'{fewest - 1}, so that every class keeps some')
     if order is None:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(len(labels), dtype=torch.bool)
+    order, mask = order.cpu(), torch.zeros(len(labels), dtype=torch.bool)
     mask[order[_rank(labels[order]) < wanted[labels[order]]]] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
@@ -165,7 +166,7 @@ def statistics(pixels, # uint8, N x 3 x H x W
               ):  # (mean, std): a tuple of 3 numbers each, in units of full intensity
     "Mean and standard deviation of each channel over all pixels of a split (equation 2)."
     h = torch.stack([sum(p[:, c].flatten().bincount(minlength=256) for p in pixels.split(5000))
-                     for c in range(3)]).double()
+                     for c in range(3)]).cpu().double()
     v = torch.arange(256).double()
     mean = (h @ v) / h.sum(1)
     variance = (h * (v - mean[:, None])**2).sum(1) / h.sum(1)

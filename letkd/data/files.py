@@ -308,6 +308,7 @@ def versioned(tensors: dict, # {name: tensor}, as files of tensors hold them
     state._metadata = module.state_dict()._metadata
     return state
 
+# %% ../../nbs/data/files.ipynb #cc219880
 def tensors_hash(named # (name, tensor or array) pairs; their order counts
                 ) -> str: # 64 hexadecimal digits
     "SHA-256 of tensors and their names."
@@ -315,8 +316,10 @@ def tensors_hash(named # (name, tensor or array) pairs; their order counts
     for name, value in named:
         if torch.is_tensor(value):
             value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        array = np.ascontiguousarray(value)
         found.update(name.encode())
-        found.update(np.ascontiguousarray(value))
+        # of objects, such as a module's own state, there would be only where they are
+        found.update(digest(value).encode() if array.dtype.hasobject else array)
     return found.hexdigest()
 
 # %% ../../nbs/data/files.ipynb #f64f8c57

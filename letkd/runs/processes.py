@@ -80,7 +80,7 @@ def all_here(place: str,            # a name for this point of the program
 def highest(number: int) -> int: # the same in all processes
     "The largest of the numbers of all processes."
     if processes() == 1: return number
-    found = torch.tensor(number)
+    found = torch.tensor(int(number))  # of one type everywhere; a bool is shorter
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
 

@@ -33,7 +33,7 @@ from .meters import LOGS, check_log, evaluate
 from .processes import agreed, processes, rank
 from .recipes import DATASETS
 from .records import _record, _tuples, cached, load_module, read_record
-from .records import save_module, seen, weights_hash
+from .records import save_module, saved_state, seen, weights_hash
 from .training import Training, _plain, check_shares, train
 from ..taps import capture, evaluating, grid_of, insert
 
@@ -50,8 +50,7 @@ def _rehearse(e: Experiment, batches, device: torch.device):
 
 # %% ../../nbs/runs/running.ipynb #f09112b9
 def prepare(e: Experiment,                # what to run
-            # folder of all runs, with teachers and fitted supervisions
-            out = 'runs',
+            out = 'runs',                 # folder of all runs, with teachers and supervisions
             device: Optional[str] = None, # None: 'cuda' where there is one, otherwise 'cpu'
             quiet: bool = False,          # no progress, if a teacher has to be trained
             checkpoint_every: str = '5m', # see `letkd.runs.checkpoints.Every`
@@ -70,6 +69,7 @@ def prepare(e: Experiment,                # what to run
     teacher, made = _teacher(e, images, out, device, quiet, checkpoint_every, log)
     torch.manual_seed(e.seed)
     student = channels_last(create_model(e.student, len(images.classes)).to(device))
+    saved_state(student)  # an error before the training, not after it
     terms = create_terms(e.method, student, teacher, plain, e.penultimate, e.intermediate,
                          _cache(e, out, made), **e.options)
     distiller = Distiller(student, teacher, terms).to(device)
@@ -281,7 +281,10 @@ def load_run(e: Experiment, # of a finished run
     the fitted supervisions. What terms train beside the student, such as FitNet's regressor,
     is new."""
     path = Path(out)/e.folder/'student.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{path}: not found; run {e.name} first')
+    if not path.exists():
+        more = f', but there is its record: put the weights there, or delete {path.parent} and'
+        there = more if (path.parent/'record.json').exists() else ';'
+        raise FileNotFoundError(f'{path}: not found{there} run {e.name} first')
     with torch.random.fork_rng():
         training, _, made = prepare(e, out, device, quiet=True)
     _check_made(path.parent, record := _finished(path.parent) or {}, made)
