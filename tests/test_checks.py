@@ -168,11 +168,11 @@ class Leaking(Meddling):
 
 
 class Owning(Term):
-    "Its classifier lies on the numbers of the teacher's; and it puts a hook on the student."
+    "Its classifier lies on a part of the teacher's; and it puts a hook on the student."
     def __init__(self, student, teacher):
-        head = nn.Linear(18, 10)
-        head.weight.data = teacher.fc.weight.data
-        super().__init__('owning', replaces=dict(fc=nn.Sequential(nn.Linear(12, 18), head)))
+        head = nn.Linear(17, 10)
+        head.weight.data = teacher.fc.weight.data[:, 1:]
+        super().__init__('owning', replaces=dict(fc=nn.Sequential(nn.Linear(12, 17), head)))
         student.layer2.register_forward_hook(lambda m, x, y: self.__dict__.update(seen=y))
 
     def forward(self, maps, batch): return F.mse_loss(maps.student_logits, maps.teacher_logits)
