@@ -83,13 +83,17 @@ def dropped(model: nn.Module,   # any network
             images: Tensor,     # some images
            ) -> dict:           # {path: what takes its place}
     """Identities for what is behind a stage; an error where the stage is not what would be
-    averaged without it."""
+    averaged without it, or would change."""
     bare, found = copy.deepcopy(model), {path: nn.Identity() for path in paths}
     for path in (*found, classifier): replace(bare, path, nn.Identity())
     with evaluating(bare), capture(bare, stage) as maps: mean = bare(images)
+    with evaluating(model), capture(model, stage) as whole: model(images)
     expected = rows(maps[stage], (1, 1))
     fits = expected.shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3, atol=1e-4)
-    if fits: return found
+    if fits and torch.allclose(maps[stage], whole[stage], rtol=1e-3, atol=1e-4): return found
+    if fits:
+        raise ValueError(f'simkd: {type(model).__name__} without {paths} has another map at '
+                         f'{stage!r}: a module runs on both sides of it. Give each place its own')
     raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map at '
                      f"{stage!r}; give `last` another tap, or '' for the penultimate map")
 

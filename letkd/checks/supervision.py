@@ -6,7 +6,7 @@
 __all__ = ['clouds', 'supervision_checks', 'check_supervision']
 
 # %% ../../nbs/checks/supervision.ipynb #242f8cd3
-import copy, inspect, math, os, pickle, re, subprocess, sys, warnings
+import copy, inspect, math, pickle, re, subprocess, warnings
 from dataclasses import dataclass
 from typing import Callable, Optional
 from unittest import SkipTest
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from .layer import _close, _needs_cuda, _pairs, _refused, _run_all
 from ..matching import PrototypeTarget
+from ..runs.jobs import same_python
 from ..taps import rows as rows_of
 
 # %% ../../nbs/checks/supervision.ipynb #0ff2f45e
@@ -284,9 +285,7 @@ def _check_new_process_is_bit_equal(case):
     state = save({k: v.contiguous() for k, v in s.state_dict().items()})
     arguments = {n: getattr(s, n) for n in _arguments(s)}
     order = kind, arguments, state, (case.rows, case.labels), torch.get_num_threads()
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    child = subprocess.run([sys.executable, '-c', _CHILD], input=pickle.dumps(order),
-                           capture_output=True, env=env)
+    child = subprocess.run(same_python(_CHILD), input=pickle.dumps(order), capture_output=True)
     assert child.returncode == 0, f'the new process ended with {child.stderr.decode()[-500:]}'
     _close(pickle.loads(child.stdout), case.dense(s), what='targets in the new process')
 

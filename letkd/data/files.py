@@ -168,7 +168,7 @@ def _of_tar(path):
             yield info.name, info.size, lambda: archive.extractfile(info).read()
 
 # %% ../../nbs/data/files.ipynb #5659aaa2
-def _inside(name): # the same, if it stays in the archive's folder
+def _inside(name): # the same, if an archive's file stays in its folder
     if name.startswith('/') or '..' in name.split('/') or '\\' in name or ':' in name:
         raise ValueError(f'member {name!r} lies outside of the archive')
     return name
@@ -179,12 +179,13 @@ def contents(path,             # of a .zip, a .tar, a compressed .tar, or a fold
             ) -> Iterator[tuple[str, bytes]]: # names with /, as in the archive
     "Names and bytes of the files in an archive. Nothing is unpacked."
     path, total = Path(path), 0
-    read = _of_folder if path.is_dir() else _of_zip if zipfile.is_zipfile(path) else _of_tar
+    folder = path.is_dir()  # whose files have any name, such as Windows' 'train.bin:Zone.Identifier'
+    read = _of_folder if folder else _of_zip if zipfile.is_zipfile(path) else _of_tar
     try:
         for name, size, get in read(path):
             if (total := total + size) > limit:
                 raise ValueError(f'its files come to more than {limit:,} bytes')
-            if wanted(_inside(name)): yield name, get()
+            if wanted(name if folder else _inside(name)): yield name, get()
     except FileNotFoundError: raise FileNotFoundError(f'{path}: not found') from None
     except Exception as e:  # damaged bytes: OSError, EOFError, zlib.error, RuntimeError …
         raise ValueError(f'{path}: not a sound archive: {_line(e) or type(e).__name__}') from None

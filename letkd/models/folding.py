@@ -35,7 +35,7 @@ def _fold(conv: nn.Module, norm: nn.Module):
     *start, gain, shift = (x if x is None else x.double() for x in own)
     weight, bias = fuse_conv_bn_weights(*start, norm.eps, gain, shift)
     conv.weight.copy_(weight)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
 
 # %% ../../nbs/models/folding.ipynb #4b403663
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -136,10 +136,9 @@ def _remedy(weights): # the expression that gives them
             f'  python -c "import torch; torch.save({weights}, \'weights.pth\')"')
 
 def _quantised(state): # the names of its entries that are
-    small = lambda v: v.is_quantized or v.dtype in (torch.int8, torch.uint8)
     return [k for k, v in state.items()
             if k.endswith(('zero_point', '_packed_params'))
-            or isinstance(v, torch.Tensor) and small(v)]
+            or isinstance(v, torch.Tensor) and v.is_quantized]
 
 # %% ../../nbs/models/zoo.ipynb #f989bad0
 def _about(told: dict) -> dict: # of a file's texts, what `letkd.runs.records.save_module` wrote
@@ -162,8 +161,8 @@ def read_checkpoint(
         except Pickled as error: raise ValueError(f'{error}{_remedy(error.weights)}') from None
     state = _unwrap(found, path) if isinstance(found, dict) else {}
     if few := _quantised(state):
-        raise ValueError(f'{path} holds quantised weights, of 8 bits: {_few(few)}; expected the '
-                         'weights from before they were quantised')
+        raise ValueError(f'{path} holds quantised weights: {_few(few)}; expected the weights from '
+                         'before they were quantised')
     if state and all(isinstance(value, torch.Tensor) for value in state.values()): return state
     if isinstance(found, dict): keys = ', '.join(f'{key!r:.40}' for key in list(found)[:8])
     else: keys = type(found).__name__
@@ -287,24 +286,30 @@ def looks_like(
     return f'{best} with {classes} classes' + (f' and {_few([*layers])}' if layers else '') + share
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
-def _numbers(x, like):
-    """Is this a plain tensor of the same kind of numbers? They are finite, or where they are not,
-    as in a mask, those that the network has there."""
-    if x.layout is not torch.strided or x.device.type != 'cpu' or x.is_quantized: return False
-    return (x.is_floating_point() == like.is_floating_point() and not x.is_complex()
-            and bool(((x := x.to(like.dtype)).isfinite() | (x == like)).all()))
+def _kind(x):
+    if x.is_quantized or x.is_meta: return 'quantised' if x.is_quantized else 'without data'
+    if x.layout is not torch.strided: return f'{x.layout}'
+    if x.is_floating_point(): return 'floating point'
+    return 'complex' if x.is_complex() else 'whole numbers'
+
+def _finite(x, like): # or where they are not, as in a mask, what the network has there
+    x = x.to(like.device, like.dtype)
+    return bool((x.isfinite() | (x == like)).all())
 
 def _misfits(own, state):
     """One line for each kind of mistake: what is missing, what is too much, of another
-    shape, or NaN."""
+    shape or kind, or NaN."""
     size = lambda x: 'x'.join(map(str, x.shape)) or 'scalar'
     shared = [k for k in own if k in state and state[k].shape == own[k].shape]
+    alike = [k for k in shared if _kind(state[k]) == _kind(own[k])]
     kinds = {'missing': [k for k in own if k not in state],
              'unexpected': [k for k in state if k not in own],
              'of another shape': [f'{k} ({size(state[k])}, not {size(own[k])})'
                                   for k in own if k in state and k not in shared],
+             'of another kind': [f'{k} ({_kind(state[k])}, not {_kind(own[k])})'
+                                 for k in shared if k not in alike],
              'with values that are no finite numbers':
-                 [k for k in shared if not _numbers(state[k], own[k])]}
+                 [k for k in alike if not _finite(state[k], own[k])]}
     return [f'{len(items)} {kind}: {_few(items)}' for kind, items in kinds.items() if items]
 
 def _other_classes(own, state):

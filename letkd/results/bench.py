@@ -30,8 +30,9 @@ from .. import fused
 from ..data.batches import Augment, Batches, Images
 from ..distiller import Distiller
 from ..runs.records import environment
+from ..runs.running import _device
 from ..fused import fused_kd_layer
-from ..runs.jobs import cores
+from ..runs.jobs import cores, same_python
 from ..layer import KDLayer
 from ..matching import PrototypeTarget, TableTarget, kd_layer
 from ..runs.meters import Meter
@@ -323,7 +324,7 @@ def _elsewhere(name: str, scale) -> list: # what a function of this module retur
     code = (f'import sys, json, torch; torch.set_num_threads({torch.get_num_threads()}); '
             'from letkd.results import bench; '
             f'print(json.dumps(bench.{name}(bench.Scale(**json.loads(sys.argv[1])))))')
-    done = subprocess.run([sys.executable, '-c', code, json.dumps(asdict(scale))],
+    done = subprocess.run(same_python(code, json.dumps(asdict(scale))),
                           capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr.strip()}')
     return json.loads(done.stdout)
@@ -499,7 +500,7 @@ _OPENMP = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'GOMP_SPINCOUNT', 'OMP_WAIT_POL
 @contextmanager
 def _process(*words, **environment): # that ends with the block
     free = {k: v for k, v in os.environ.items() if k not in _OPENMP}
-    with subprocess.Popen([sys.executable, '-c', *words], env=free | environment,
+    with subprocess.Popen(same_python(*words), env=free | environment,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         try: yield p
         finally: p.kill()
@@ -575,7 +576,7 @@ def bench(scale: Scale = FULL,          # how much
     "Run the benchmark."
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f'parts: found {", ".join(unknown)}; expected some of {", ".join(PARTS)}')
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = _device(device)
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
@@ -596,7 +597,8 @@ def bench(scale: Scale = FULL,          # how much
 class Rows:
     "The rows of a record, by part, case and form."
     def __init__(self, record: dict): # of `bench`
-        self.frame = pd.DataFrame(record['rows'])
+        none = None if record['rows'] else ['part', 'case', 'form']  # as of threads on a GPU
+        self.frame = pd.DataFrame(record['rows'], columns=none)
 
     def of(self, part: str, case: Optional[str] = None) -> pd.DataFrame: # its rows, indexed by form
         "One part, or one case of it, without columns that are empty there."

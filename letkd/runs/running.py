@@ -39,7 +39,11 @@ from ..taps import capture, evaluating, grid_of, insert
 
 # %% ../../nbs/runs/running.ipynb #21e1c001
 def _device(device: Optional[str]) -> torch.device:
-    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e:  # no such GPU, or PyTorch is made for none
+        raise ValueError(f'device: found {str(device)!r}: {str(e).splitlines()[0]}') from None
+    return device
 
 def _rehearse(e: Experiment, batches, device: torch.device):
     "Raise the errors of a method before a teacher is trained for it."
