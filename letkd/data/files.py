@@ -179,7 +179,7 @@ def contents(path,             # of a .zip, a .tar, a compressed .tar, or a fold
             ) -> Iterator[tuple[str, bytes]]: # names with /, as in the archive
     "Names and bytes of the files in an archive. Nothing is unpacked."
     path, total = Path(path), 0
-    folder = path.is_dir()  # whose files have any name, such as Windows' 'train.bin:Zone.Identifier'
+    folder = path.is_dir()  # names in one may be any, such as Windows' 'train.bin:Zone.Identifier'
     read = _of_folder if folder else _of_zip if zipfile.is_zipfile(path) else _of_tar
     try:
         for name, size, get in read(path):
