@@ -36,6 +36,8 @@ class Projector(nn.Sequential):
                          *block(c_t // 2, c_t, 1))
 
 # %% ../../nbs/baselines/simkd.ipynb #d536f047
+def _alike(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
 def mean_classifier(model: nn.Module, # any classifier
                     tap: str,         # of its last feature map
                     images: Tensor,   # two or more
@@ -49,9 +51,7 @@ def mean_classifier(model: nn.Module, # any classifier
     with evaluating(model), capture(model, [tap, path, f'{path}:input']) as maps:
         logits = logits_of(model(images), tap, output)
     mean, read = rows(maps[tap], (1, 1)), maps[f'{path}:input']
-    fits = (torch.equal(maps[path], logits) and mean.shape == read.shape
-            and torch.allclose(mean, read, rtol=1e-3, atol=1e-4))
-    if fits: return path
+    if torch.equal(maps[path], logits) and _alike(mean, read): return path
     raise ValueError(f'simkd: {type(model).__name__} has logits that are not {path!r} of the mean '
                      f"of the map at {tap!r}. The teacher's classifier can be reused only there: "
                      'tap the map behind the last ReLU, of networks that average it')
@@ -88,14 +88,12 @@ def dropped(model: nn.Module,   # any network
     for path in (*found, classifier): replace(bare, path, nn.Identity())
     with evaluating(bare), capture(bare, stage) as maps: mean = bare(images)
     with evaluating(model), capture(model, stage) as whole: model(images)
-    expected = rows(maps[stage], (1, 1))
-    fits = expected.shape == mean.shape and torch.allclose(mean, expected, rtol=1e-3, atol=1e-4)
-    if fits and torch.allclose(maps[stage], whole[stage], rtol=1e-3, atol=1e-4): return found
-    if fits:
-        raise ValueError(f'simkd: {type(model).__name__} without {paths} has another map at '
-                         f'{stage!r}: a module runs on both sides of it. Give each place its own')
-    raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map at '
-                     f"{stage!r}; give `last` another tap, or '' for the penultimate map")
+    if not _alike(mean, rows(maps[stage], (1, 1))):
+        raise ValueError(f'simkd: {type(model).__name__} without {paths} does not average the map '
+                         f"at {stage!r}; give `last` another tap, or '' for the penultimate map")
+    if _alike(maps[stage], whole[stage]): return found
+    raise ValueError(f'simkd: {type(model).__name__} without {paths} has another map at {stage!r}: '
+                     'a module runs on both sides of it. Give each place its own')
 
 # %% ../../nbs/baselines/simkd.ipynb #37441700
 class ReusedClassifier(Term):

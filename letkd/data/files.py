@@ -154,10 +154,16 @@ def _line(text) -> str:
 def _of_folder(path):
     for p in files_below(path): yield p.relative_to(path.parent).as_posix(), 0, p.read_bytes
 
+def _inside(name): # the same, if it stays in the archive's folder
+    if name.startswith('/') or '..' in name.split('/') or '\\' in name or ':' in name:
+        raise ValueError(f'member {name!r} lies outside of the archive')
+    return name
+
 def _of_zip(path):
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if not info.is_dir(): yield info.filename, info.file_size, lambda: archive.read(info)
+            if info.is_dir(): continue
+            yield _inside(info.filename), info.file_size, lambda: archive.read(info)
 
 def _of_tar(path):
     with tarfile.open(path) as archive:
@@ -165,27 +171,21 @@ def _of_tar(path):
             if info.isdir(): continue
             if not info.isfile():
                 raise ValueError(f'member {info.name!r} is neither a file nor a folder')
-            yield info.name, info.size, lambda: archive.extractfile(info).read()
+            yield _inside(info.name), info.size, lambda: archive.extractfile(info).read()
 
 # %% ../../nbs/data/files.ipynb #5659aaa2
-def _inside(name): # the same, if an archive's file stays in its folder
-    if name.startswith('/') or '..' in name.split('/') or '\\' in name or ':' in name:
-        raise ValueError(f'member {name!r} lies outside of the archive')
-    return name
-
 def contents(path,             # of a .zip, a .tar, a compressed .tar, or a folder
              wanted: Callable, # name -> bool: is it to be read?
              limit: int = 2**30, # bytes that the files of an archive may come to, unpacked
             ) -> Iterator[tuple[str, bytes]]: # names with /, as in the archive
     "Names and bytes of the files in an archive. Nothing is unpacked."
     path, total = Path(path), 0
-    folder = path.is_dir()  # names in one may be any, such as Windows' 'train.bin:Zone.Identifier'
-    read = _of_folder if folder else _of_zip if zipfile.is_zipfile(path) else _of_tar
+    read = _of_folder if path.is_dir() else _of_zip if zipfile.is_zipfile(path) else _of_tar
     try:
         for name, size, get in read(path):
             if (total := total + size) > limit:
                 raise ValueError(f'its files come to more than {limit:,} bytes')
-            if wanted(name if folder else _inside(name)): yield name, get()
+            if wanted(name): yield name, get()
     except FileNotFoundError: raise FileNotFoundError(f'{path}: not found') from None
     except Exception as e:  # damaged bytes: OSError, EOFError, zlib.error, RuntimeError …
         raise ValueError(f'{path}: not a sound archive: {_line(e) or type(e).__name__}') from None

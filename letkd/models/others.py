@@ -6,7 +6,7 @@
 __all__ = ['torchvision_names', 'torchvision_network', 'torchvision_weights', 'timm_network', 'own_names', 'own_network']
 
 # %% ../../nbs/models/others.ipynb #d407a060
-import hashlib, importlib, inspect, re, socket
+import hashlib, importlib, inspect, socket
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
@@ -66,10 +66,6 @@ def _verified(url: str) -> Path: # the file, whose SHA-256 begins as its name en
                      'Delete it, and it is fetched again')
 
 # %% ../../nbs/models/others.ipynb #4ce26000
-def _renamed(key): # an entry of a file from before torchvision renamed it
-    key = re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12])\.', r'\1\2.', key)
-    return key.replace('mlp.linear_1.', 'mlp.0.').replace('mlp.linear_2.', 'mlp.3.')
-
 def torchvision_weights(
     name: str,         # of the network
     wanted: str | Path # 'IMAGENET1K_V1', 'DEFAULT', 'ResNet18_Weights.IMAGENET1K_V1', or a file
@@ -81,7 +77,7 @@ def torchvision_weights(
     if weights is None:
         raise FileNotFoundError(f'{wanted} is neither a file nor weights of torchvision/{name}; '
                                 f'it has {", ".join(known.__members__) or "none"}')
-    return {_renamed(k): v for k, v in read_torch(_verified(weights.url)).items()}
+    return read_torch(_verified(weights.url))
 
 # %% ../../nbs/models/others.ipynb #d032dace
 def timm_network(

@@ -192,7 +192,10 @@ def _modules(shapes):
 
 # %% ../../nbs/models/zoo.ipynb #e9e2744c
 _RENAMES = [(r'^linear$', 'fc'), (r'\.shortcut\b', '.downsample'), (r'^stage(\d)', r'layer\1'),
-            (r'^conv$', 'conv1'), (r'^bn$', 'bn1')]
+            (r'^conv$', 'conv1'), (r'^bn$', 'bn1'),
+            # of torchvision's own files
+            (r'(\bdenselayer\d+\.(?:norm|conv))\.([12])$', r'\1\2'),
+            (r'\bmlp\.linear_1$', 'mlp.0'), (r'\bmlp\.linear_2$', 'mlp.3')]
 
 def _renamed(module):
     for old, new in _RENAMES: module = re.sub(old, new, module)
@@ -287,7 +290,8 @@ def looks_like(
 
 # %% ../../nbs/models/zoo.ipynb #dcab53ea
 def _kind(x):
-    if x.is_quantized or x.is_meta: return 'quantised' if x.is_quantized else 'without data'
+    if x.is_quantized: return 'quantised'
+    if x.is_meta: return 'without data'
     if x.layout is not torch.strided: return f'{x.layout}'
     if x.is_floating_point(): return 'floating point'
     return 'complex' if x.is_complex() else 'whole numbers'
